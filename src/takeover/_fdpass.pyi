@@ -1,0 +1,9 @@
+"""Send and receive descriptors over an AF_UNIX stream socket; `_fdpass_py` is the same interface in plain Python."""
+
+from collections.abc import Buffer, Sequence
+from typing import Final
+
+MAX_DESCRIPTORS: Final = 252
+
+def send_descriptors(sock: int, data: Buffer, descriptors: Sequence[int]) -> int: ...
+def receive_descriptors(sock: int, size: int, max_descriptors: int) -> tuple[bytes, list[int]]: ...
