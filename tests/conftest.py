@@ -1,0 +1,45 @@
+"""Both backends in one run: a test that takes `backend`, `fdpass` or `loop_module` runs once on each, and its id says which."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import pytest
+
+BACKENDS = ("cython", "python")
+
+
+def _backend_is_built() -> bool:
+    try:
+        importlib.import_module("takeover._fdpass")
+        importlib.import_module("takeover._loop")
+    except ImportError:
+        return False
+    return True
+
+
+CYTHON_IS_BUILT = _backend_is_built()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend, also for TAKEOVER_BACKEND in the environment of a process that a test starts."""
+    if request.param == "cython" and not CYTHON_IS_BUILT:
+        if os.environ.get("TAKEOVER_TEST_EXT") == "require":
+            pytest.fail("the compiled modules are required here and cannot be imported")
+        pytest.skip("the compiled modules are not built")
+    return str(request.param)
+
+
+@pytest.fixture
+def fdpass(backend: str) -> ModuleType:
+    """The descriptor-passing module of the backend."""
+    return importlib.import_module("takeover._fdpass" if backend == "cython" else "takeover._fdpass_py")
+
+
+@pytest.fixture
+def loop_module(backend: str) -> ModuleType:
+    """The event-loop module of the backend."""
+    return importlib.import_module("takeover._loop" if backend == "cython" else "takeover._loop_py")
