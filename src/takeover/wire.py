@@ -1,0 +1,226 @@
+"""Messages to frames and back, without I/O. docs/protocol.md is the specification; this file is its implementation.
+
+A frame is a header of eight bytes (magic, type, number of descriptors, length of the body) and a body of JSON. The
+descriptors ride on the first byte of the header, and a reader takes exactly the header and then exactly the body: so a
+descriptor can never be taken for another frame's, whatever the kernel splits or merges, and none is lost to a read
+that had no room for it. The magic is never 0, since a lone 0 byte is how the original script hands over its listener.
+
+Everything that arrives is checked here against SCHEMA before anybody acts on it: lengths before memory is spent,
+then types and ranges of every field. Unknown fields are ignored, so that a newer peer may say more.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from .errors import LocalProtocolError, RemoteProtocolError
+
+VERSIONS = (1,)
+MAGIC = 0x54
+LEGACY_BYTE = b"\0"
+HEADER = struct.Struct("!BBHI")
+MAX_DESCRIPTORS = 252
+
+REFUSALS = ("busy", "version", "room", "generations", "superseded", "stopping", "service")
+
+
+class Type(enum.IntEnum):
+    """The messages; the numbers from 32 to 47 are kept for live moves."""
+
+    HELLO = 1
+    JOIN = 2
+    LISTENERS = 3
+    TAKEN = 4
+    HEARTBEAT = 5
+    READY = 6
+    COMMIT = 7
+    ALIVE = 8
+    SETTLED = 9
+    DONE = 10
+    UNDO = 11
+    ABORT = 12
+    REFUSE = 13
+    STATUS = 14
+    REPORT = 15
+    STOP = 16
+    STOPPING = 17
+    DRAINING = 18
+
+
+Check = Callable[[Any], bool]
+Body = Mapping[str, Any]
+
+
+class Frame(NamedTuple):
+    """One message. The descriptors belong to whoever holds the frame."""
+
+    type: Type
+    body: Body
+    descriptors: list[int]
+
+
+def _integer(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e12
+
+
+def _flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _text(value: Any) -> bool:
+    return type(value) is str and len(value) <= 1024
+
+
+def _list_of(check: Check, most: int) -> Check:
+    return lambda value: type(value) is list and len(value) <= most and all(map(check, value))
+
+
+def _record(fields: Mapping[str, Check]) -> Check:
+    return lambda value: type(value) is dict and all(name in value and fields[name](value[name]) for name in fields)
+
+
+_names = _list_of(_text, 20_000)
+_item = _record({"role": _text, "name": _text, "url": _text, "device": _integer, "inode": _integer})
+_elder = _record({"pid": _integer, "generation": _integer, "connections": _integer})
+
+
+class Schema(NamedTuple):
+    """What a message may hold: the largest body in bytes, whether descriptors may ride on it, and its fields."""
+
+    limit: int
+    descriptors: bool
+    fields: Mapping[str, Check]
+
+
+SCHEMA: Mapping[Type, Schema] = {
+    Type.HELLO: Schema(
+        4096,
+        False,
+        {
+            "versions": _list_of(_integer, 64),
+            "generation": _integer,
+            "build": _text,
+            "pid": _integer,
+            "service": _text,
+        },
+    ),
+    Type.JOIN: Schema(
+        4096,
+        False,
+        {
+            "version": _integer,
+            "capabilities": _list_of(_text, 64),
+            "room": _integer,
+            "dry_run": _flag,
+            "build": _text,
+            "pid": _integer,
+            "service": _text,
+        },
+    ),
+    Type.LISTENERS: Schema(1 << 20, True, {"items": _list_of(_item, MAX_DESCRIPTORS), "left": _integer}),
+    Type.TAKEN: Schema(4096, False, {}),
+    Type.HEARTBEAT: Schema(4096, False, {}),
+    Type.READY: Schema(16 << 20, False, {"adopted": _names, "bound": _names, "unused": _names}),
+    Type.COMMIT: Schema(4096, False, {}),
+    Type.ALIVE: Schema(4096, False, {}),
+    Type.SETTLED: Schema(4096, False, {}),
+    Type.DONE: Schema(1 << 16, True, {"left": _integer, "elders": _list_of(_elder, MAX_DESCRIPTORS)}),
+    Type.UNDO: Schema(4096, False, {"reason": _text}),
+    Type.ABORT: Schema(4096, False, {"reason": _text}),
+    Type.REFUSE: Schema(4096, False, {"code": _text, "reason": _text}),
+    Type.STATUS: Schema(4096, False, {}),
+    Type.REPORT: Schema(16 << 20, False, {"pid": _integer, "generation": _integer, "state": _text}),
+    Type.STOP: Schema(4096, False, {}),
+    Type.STOPPING: Schema(4096, False, {"deadline": _number}),
+    Type.DRAINING: Schema(4096, False, {"connections": _integer}),
+}
+
+
+def encode(kind: Type, body: Body | None = None, descriptors: int = 0) -> bytes:
+    """The bytes of one frame that `descriptors` descriptors are going to ride on."""
+    data = json.dumps(body or {}, separators=(",", ":")).encode()
+    schema = SCHEMA[kind]
+    if len(data) > schema.limit or descriptors > (MAX_DESCRIPTORS if schema.descriptors else 0):
+        raise LocalProtocolError(
+            f"a {kind.name} of {len(data):,} bytes with {descriptors} descriptors does not fit in one frame"
+        )
+    return HEADER.pack(MAGIC, kind, descriptors, len(data)) + data
+
+
+class Decoder:
+    """Puts frames together from reads of exactly the sizes that it asks for.
+
+    `descriptors` are those of the frame that is still incomplete; they belong to whoever feeds the decoder, who closes
+    them when the connection ends early.
+    """
+
+    def __init__(self) -> None:
+        self.descriptors: list[int] = []
+        self._header = b""
+        self._body = bytearray()
+        self._type = Type.HELLO
+        self._length = 0
+
+    def wants(self) -> tuple[int, int]:
+        """How many bytes to read next at the most, and how many descriptors to have room for."""
+        if len(self._header) < HEADER.size:
+            return HEADER.size - len(self._header), MAX_DESCRIPTORS
+        return min(self._length - len(self._body), 1 << 16), 0
+
+    def feed(self, data: bytes, descriptors: list[int]) -> Frame | None:
+        """Takes what one read returned; returns the frame that it completes, if any. Raises RemoteProtocolError."""
+        if descriptors:
+            self.descriptors += descriptors
+            if self._header:
+                raise RemoteProtocolError("descriptors came in the middle of a frame instead of on its first byte")
+        if len(self._header) < HEADER.size:
+            self._header += data
+            if len(self._header) < HEADER.size:
+                if self._header[0] != MAGIC:
+                    raise RemoteProtocolError(f"a frame begins with byte {self._header[0]:#04x}, not {MAGIC:#04x}")
+                return None
+            self._begin()
+        else:
+            self._body += data
+        return self._finish() if len(self._body) == self._length else None
+
+    def _begin(self) -> None:
+        magic, kind, count, self._length = HEADER.unpack(self._header)
+        if magic != MAGIC:
+            raise RemoteProtocolError(f"a frame begins with byte {magic:#04x}, not {MAGIC:#04x}")
+        try:
+            self._type = Type(kind)
+        except ValueError:
+            raise RemoteProtocolError(f"a frame has the unknown type {kind}") from None
+        schema = SCHEMA[self._type]
+        if self._length > schema.limit:
+            raise RemoteProtocolError(
+                f"a {self._type.name} announces {self._length:,} bytes, the limit is {schema.limit:,}"
+            )
+        if count != len(self.descriptors) or (count and not schema.descriptors):
+            raise RemoteProtocolError(
+                f"a {self._type.name} announces {count} descriptors and came with {len(self.descriptors)}"
+            )
+
+    def _finish(self) -> Frame:
+        try:
+            body = json.loads(self._body)
+        except (ValueError, RecursionError) as error:
+            raise RemoteProtocolError(f"the body of a {self._type.name} is not JSON: {error}") from None
+        fields = SCHEMA[self._type].fields
+        if type(body) is not dict:
+            raise RemoteProtocolError(f"the body of a {self._type.name} is not a JSON object")
+        for name, check in fields.items():
+            if name not in body or not check(body[name]):
+                raise RemoteProtocolError(f"the field {name} of a {self._type.name} is missing or out of range")
+        frame = Frame(self._type, body, self.descriptors)
+        self.descriptors, self._header, self._body, self._length = [], b"", bytearray(), 0
+        return frame
