@@ -1,0 +1,101 @@
+"""The command: `python -m benchmarks [CASE...]`, `python -m benchmarks soak`, `python -m benchmarks report FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from . import build, echo, importing, memory, passing, plots, report, restarts, results, soak
+from .plan import Plan
+from .processes import LOAD_CPU, SERVER_CPU, raise_descriptor_limit
+
+CASES: dict[str, Callable[[Plan], None]] = {
+    "echo": echo.echo,
+    "stream": echo.stream,
+    "accept": echo.accept,
+    "memory": memory.memory,
+    "passing": passing.passing,
+    "import": importing.importing,
+    "restarts": restarts.restarts,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=f"Cases: {', '.join(CASES)} (all of them if none is named); soak; report FILE.",
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="a case, or `soak`, or `report` and a file")
+    parser.add_argument("--quick", action="store_true", help="few cells, three rounds of 0.3 s: proves that it works")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds of each cell (default 7; quick 3)")
+    parser.add_argument("--seconds", type=float, help="of one run of one server (default 0.7; quick 0.3)")
+    parser.add_argument("--only", action="append", default=[], metavar="WORD", help="only subjects whose name holds it")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the document")
+    parser.add_argument("--plots", type=pathlib.Path, metavar="DIR", help="draw the plots (matplotlib)")
+    parser.add_argument("--takeovers", type=int, default=1000, help="soak: how many (default 1000)")
+    parser.add_argument("--pause", type=float, default=0.2, help="soak: seconds between takeovers (default 0.2)")
+    parser.add_argument(
+        "--without", type=float, help="soak: seconds of the run without (default half a second a takeover)"
+    )
+    return parser
+
+
+def _measure(options: argparse.Namespace, console: Console) -> results.Document:
+    document = results.Document(machine=results.machine(), command=f"python -m benchmarks {shlex.join(sys.argv[1:])}")
+    rounds = options.rounds or (3 if options.quick else 7)
+    seconds = options.seconds or (0.3 if options.quick else 0.7)
+    raise_descriptor_limit()
+    build.compiler()
+    with console.status("starting") as status:
+        plan = Plan(document, options.quick, rounds, seconds, 0.1, tuple(options.only), status.update)
+        for case in options.cases or CASES:
+            if case == "soak":
+                quiet = options.without or options.takeovers / 2
+                soak.soak(plan, options.takeovers, options.pause, quiet)
+            else:
+                CASES[case](plan)
+            if options.json:
+                document.save(options.json)
+    return document
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, 1 if there is no compiler, 2 for wrong usage."""
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
+    console = Console()
+    if options.plots and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plots needs matplotlib, which is not installed")
+    if options.cases[:1] == ["report"]:
+        if len(options.cases) != 2:
+            parser.error("report takes one FILE")
+        try:
+            document = results.load(pathlib.Path(options.cases[1]))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+    else:
+        unknown = set(options.cases) - set(CASES) - {"soak"}
+        if unknown:
+            parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}, soak and report")
+        if SERVER_CPU == LOAD_CPU:
+            console.print("one CPU only: server and load share it, so only the CPU figures mean something")
+        try:
+            document = _measure(options, console)
+        except build.NoCompiler as error:
+            print(error, file=sys.stderr)
+            return 1
+    report.show(document, console)
+    if options.plots:
+        for path in plots.draw(document, options.plots):
+            console.print(f"wrote {path}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

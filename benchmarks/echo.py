@@ -1,0 +1,90 @@
+"""Echo, streaming and accept: server CPU for each message, messages a second, latency."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from .plan import Plan
+from .processes import load, server
+from .subjects import REFERENCE, Subject
+
+
+class Cell(NamedTuple):
+    """One load: bytes of a message, connections, messages in flight on each."""
+
+    size: int
+    connections: int
+    in_flight: int
+
+    def __str__(self) -> str:
+        size = f"{self.size} B" if self.size < 1024 else f"{self.size // 1024} KiB"
+        return f"{size} × {self.connections}" + (f", {self.in_flight} in flight" if self.in_flight > 1 else "")
+
+
+CELLS = [Cell(size, count, 1) for size in (64, 1024, 16384) for count in (1, 10, 100, 1000, 9000)]
+CELLS += [Cell(size, count, 16) for size in (64, 1024, 16384) for count in (1, 10, 100, 1000)]
+QUICK_CELLS = [Cell(64, 100, 1), Cell(16384, 10, 1), Cell(64, 10, 16)]
+STREAM = Cell(16384, 10, 16)
+
+
+def _interleaved(
+    plan: Plan, case: str, cell: str, subjects: Sequence[Subject], run: Callable[[int, int], dict[str, Any]]
+) -> None:
+    """All servers are up at once and idle but one: a round goes through them all, so that noise meets all alike."""
+    with contextlib.ExitStack() as stack:
+        running = []
+        for subject in subjects:
+            plan.say(f"{case}: {cell}: starting {subject.name}")
+            running.append((subject, *stack.enter_context(server(subject.command(), subject.variables))))
+        for index in range(plan.rounds):
+            for subject, pid, port in running:
+                plan.say(f"{case}: {cell}: {subject.name}, round {index + 1} of {plan.rounds}")
+                seen = run(pid, port)
+                row = plan.document.row(case, cell, subject.name, REFERENCE)
+                if not seen["messages"]:
+                    raise RuntimeError(f"{subject.name} served nothing in {cell}")
+                row.add(
+                    cpu_ns=seen["server_cpu_ns"] / seen["messages"],
+                    rate=seen["messages"] / seen["seconds"],
+                    busy=seen["server_cpu_ns"] / seen["seconds"] / 1e9,
+                )
+                if "p50_us" in seen:
+                    row.add(p50_us=seen["p50_us"], p99_us=seen["p99_us"])
+
+
+def _echo(plan: Plan, case: str, cell: Cell) -> None:
+    def run(pid: int, port: int) -> dict[str, Any]:
+        options = ("--size", cell.size, "--connections", cell.connections, "--in-flight", cell.in_flight)
+        timing = ("--warm-up", plan.warm_up, "--seconds", plan.seconds)
+        return load("load_echo", "--port", port, "--server-pid", pid, *options, *timing)
+
+    subjects = []
+    for subject in plan.subjects(case):
+        if cell.connections >= subject.most_connections:
+            plan.document.skip(case, subject.name, "select() takes no descriptor above 1023")
+        else:
+            subjects.append(subject)
+    _interleaved(plan, case, str(cell), subjects, run)
+
+
+def echo(plan: Plan) -> None:
+    """Round trips over sizes, connections and messages in flight."""
+    for cell in QUICK_CELLS if plan.quick else CELLS:
+        _echo(plan, "echo", cell)
+
+
+def stream(plan: Plan) -> None:
+    """Ten connections with 256 KiB under way on each: what the buffers do."""
+    _echo(plan, "stream", STREAM)
+
+
+def accept(plan: Plan) -> None:
+    """Connect, end-of-file, close: a message is one connection."""
+
+    def run(pid: int, port: int) -> dict[str, Any]:
+        timing = ("--warm-up", plan.warm_up, "--seconds", plan.seconds)
+        return load("load_connect", "rate", "--port", port, "--server-pid", pid, "--connections", 64, *timing)
+
+    _interleaved(plan, "accept", "64 at a time", plan.subjects("accept"), run)

@@ -1,0 +1,93 @@
+"""Passing descriptors: sent, received close-on-exec and closed, in one process on one CPU, wall time for each."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import reduction
+
+from .build import program
+from .plan import Plan
+from .processes import PYTHON, SERVER_CPU, environment, start
+from .subjects import CYTHON, PLAIN, REFERENCE, takeover_has
+
+BATCHES = (1, 16, 64, 252)
+COUNT = 50_000
+Exchange = Callable[[list[int]], list[int]]
+
+
+def _exchange(kind: str) -> Exchange:
+    left, right = socket.socketpair()
+    if kind == "reduction":
+
+        def exchange(fds: list[int]) -> list[int]:
+            reduction.sendfds(left, fds)
+            return list(reduction.recvfds(right, len(fds)))
+
+        return exchange
+    from takeover._backend import backend, fdpass
+
+    assert backend == kind
+    send, receive = left.fileno(), right.fileno()
+
+    def exchange_with_takeover(fds: list[int], _keep: object = (left, right)) -> list[int]:
+        fdpass.send_descriptors(send, b"x", fds)
+        received: list[int] = fdpass.receive_descriptors(receive, 1, len(fds))[1]
+        return received
+
+    return exchange_with_takeover
+
+
+def measure(kind: str, batch: int, count: int) -> float:
+    """Nanoseconds of wall time for each descriptor."""
+    exchange, close = _exchange(kind), os.close
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(batch)]
+    rounds = count // batch
+    started = time.perf_counter_ns()
+    for _ in range(rounds):
+        for fd in exchange(fds):
+            close(fd)
+    return (time.perf_counter_ns() - started) / (rounds * batch)
+
+
+def passing(plan: Plan) -> None:
+    """All kinds in each batch size."""
+    kinds: list[tuple[str, list[str], dict[str, str]]] = [(REFERENCE, [], {})]
+    for backend, module, variables in (("cython", "_fdpass", CYTHON), ("python", "_fdpass_py", PLAIN)):
+        name = f"takeover, {backend}"
+        if not plan.wants(name):
+            continue
+        if takeover_has(f"takeover.{module}"):
+            kinds.append((name, [backend], variables))
+        else:
+            plan.document.skip("passing", name, f"takeover.{module} cannot be imported")
+    if plan.wants("multiprocessing.reduction"):
+        kinds.append(("multiprocessing.reduction", ["reduction"], {}))
+    count = COUNT // 5 if plan.quick else COUNT
+    for batch in (1, 252) if plan.quick else BATCHES:
+        for index in range(plan.rounds):
+            for name, arguments, variables in kinds:
+                plan.say(f"passing: {batch} in a message: {name}, round {index + 1} of {plan.rounds}")
+                if name == REFERENCE:
+                    command = [program("pass_reference"), "--batch", str(batch), "--count", str(count)]
+                else:
+                    command = [PYTHON, "-m", "benchmarks.passing", *arguments, str(batch), str(count)]
+                process = start(
+                    command,
+                    SERVER_CPU,
+                    env=environment(**variables),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+                out, complaint = process.communicate(timeout=120)
+                if process.returncode:
+                    raise RuntimeError(f"{name}, {batch} in a message: {complaint.strip()[-400:]}")
+                plan.document.row("passing", f"{batch} in a message", name, REFERENCE).add(ns=float(out))
+
+
+if __name__ == "__main__":
+    print(f"{measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])):.1f}")

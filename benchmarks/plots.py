@@ -1,0 +1,187 @@
+"""The plots of a document, each as PNG and SVG; matplotlib is needed here only."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from .restarts import NO_RESTART, RESTARTS
+from .results import Document
+from .subjects import REFERENCE
+
+OURS, THEIRS, REFERENCE_COLOUR, BAD = "#1b7f5c", "#9aa5b1", "#3b4a5a", "#c2412d"
+
+
+def _colour(subject: str) -> str:
+    if subject == REFERENCE:
+        return REFERENCE_COLOUR
+    return OURS if subject.startswith("takeover") else THEIRS
+
+
+def _bars(axes: Any, names: list[str], values: list[float], label: Callable[[float], str], colours: list[str]) -> None:
+    """Horizontal bars, the first on top, each with its figure."""
+    axes.barh(range(len(names)), values, color=colours)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    for index, value in enumerate(values):
+        axes.text(value, index, f" {label(value)}", va="center", fontsize=8)
+    axes.margins(x=0.18)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _echo(document: Document, figure: Any) -> bool:
+    wanted = ("64 B × 100", "64 B × 1000", "16 KiB × 100", "64 B × 10, 16 in flight")
+    cells = document.cells("echo")
+    cells = [cell for cell in wanted if cell in cells] or cells[:4]
+    for index, cell in enumerate(cells):
+        axes = figure.add_subplot(1, len(cells), index + 1)
+        found = []
+        for subject in document.subjects("echo"):
+            row = document.find("echo", cell, subject)
+            ratio = row and document.ratio(row, "cpu_ns")
+            if ratio:
+                found.append((subject, ratio))
+        _bars(
+            axes,
+            [name for name, _ in found],
+            [ratio for _, ratio in found],
+            "{:.2f}".format,
+            [_colour(name) for name, _ in found],
+        )
+        axes.axvline(1, color=REFERENCE_COLOUR, linewidth=0.8, linestyle=":")
+        axes.set_title(cell, fontsize=10)
+        if index:
+            axes.set_yticklabels([])
+    figure.suptitle("Echo: server CPU for each message, as a ratio to a C epoll loop (less is better)")
+    figure.set_size_inches(3.2 * len(cells) + 1.5, 4)
+    return bool(cells)
+
+
+def _single(case: str, measure: str, title: str, unit: str, scale: float = 1) -> Callable[[Document, Any], bool]:
+    def draw(document: Document, figure: Any) -> bool:
+        rows = [row for row in document.rows if row.case == case and row.median(measure) is not None]
+        if not rows:
+            return False
+        values = [(row.median(measure) or 0) / scale for row in rows]
+        axes = figure.add_subplot()
+        names = [row.subject for row in rows]
+        _bars(axes, names, values, lambda value: f"{value:,.0f} {unit}", [_colour(name) for name in names])
+        figure.suptitle(title)
+        figure.set_size_inches(7.5, 4)
+        return True
+
+    return draw
+
+
+def _passing(document: Document, figure: Any) -> bool:
+    cells = document.cells("passing")
+    if not cells:
+        return False
+    axes = figure.add_subplot()
+    for subject in document.subjects("passing"):
+        rows = [document.find("passing", cell, subject) for cell in cells]
+        points = [(int(row.cell.split()[0]), row.median("ns")) for row in rows if row]
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=subject)
+    axes.set(xscale="log", yscale="log", xlabel="descriptors in a message", ylabel="ns for each")
+    axes.legend(frameon=False)
+    figure.suptitle("Passing descriptors between processes: sent, received, closed")
+    figure.set_size_inches(7, 4)
+    return True
+
+
+def _restarts(document: Document, figure: Any) -> bool:
+    rows = [row for row in document.rows if row.case == "restarts" and row.cell == RESTARTS]
+    if not rows:
+        return False
+    names = [row.subject for row in rows]
+    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    lost = [row.median("lost") or 0 for row in rows]
+    _bars(left, names, lost, "{:,.0f}".format, [BAD if count else OURS for count in lost])
+    left.set_title("clients lost", fontsize=10)
+    if max(lost) > 100:
+        left.set_xscale("symlog")
+    _bars(
+        right,
+        names,
+        [row.median("gap_max_ms") or 0 for row in rows],
+        "{:,.1f} ms".format,
+        [_colour(name) for name in names],
+    )
+    right.set_xscale("log")
+    right.set_title("longest time in which nobody was served", fontsize=10)
+    right.set_yticklabels([])
+    figure.suptitle(f"{rows[0].median('restarts'):.0f} restarts under a steady stream of new clients")
+    figure.set_size_inches(11, 4)
+    return True
+
+
+def _curve(case: str) -> Callable[[Document, Any], bool]:
+    """What each client waited for its first byte, with and without takeovers."""
+
+    def draw(document: Document, figure: Any) -> bool:
+        subjects = [name for name in document.subjects(case) if name.startswith("takeover")]
+        if not subjects:
+            return False
+        row, quiet = document.find(case, RESTARTS, subjects[0]), document.find(case, NO_RESTART, subjects[0])
+        assert row is not None and quiet is not None
+        axes = figure.add_subplot()
+        for began, done in row.facts["spans_ms"] if len(row.facts["spans_ms"]) <= 100 else []:
+            axes.axvspan(began / 1e3, done / 1e3, color=OURS, alpha=0.12, linewidth=0)
+        for seen, colour, label in (
+            (quiet, THEIRS, "no takeover"),
+            (row, OURS, f"{row.median('restarts'):.0f} takeovers"),
+        ):
+            curve = [point for point in seen.facts["curve"] if point[2]]
+            axes.plot(
+                [p[0] / 1e3 for p in curve], [p[2] / 1e3 for p in curve], color=colour, linewidth=0.7, label=label
+            )
+        axes.set(
+            xlabel="seconds (shaded: from the successor's start to the incumbent's end)",
+            ylabel="slowest first byte, ms",
+            yscale="log",
+        )
+        axes.legend(frameon=False, loc="upper right")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(
+            f"{subjects[0]}: what new clients waited, {row.median('lost'):.0f} of {row.median('clients'):,.0f} lost"
+        )
+        figure.set_size_inches(9, 3.6)
+        return True
+
+    return draw
+
+
+PLOTS: dict[str, Callable[[Document, Any], bool]] = {
+    "echo": _echo,
+    "stream": _single(
+        "stream", "rate", "Streaming: 10 connections, 16 × 16 KiB in flight on each (more is better)", "k/s", 1e3
+    ),
+    "accept": _single("accept", "cpu_ns", "Accept and close: server CPU for each connection (less is better)", "ns"),
+    "memory": _single("memory", "bytes", "Private memory for each idle connection (less is better)", "B"),
+    "passing": _passing,
+    "restarts": _restarts,
+    "timeline": _curve("restarts"),
+    "soak": _curve("soak"),
+}
+
+
+def draw(document: Document, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Write every plot that the document has rows for, and give the files."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "takeover"
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, plot in PLOTS.items():
+        figure = pyplot.figure(layout="constrained")
+        if plot(document, figure):
+            for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+                path = folder / f"{name}.{suffix}"
+                figure.savefig(path, dpi=144, metadata=metadata)
+                written.append(path)
+        pyplot.close(figure)
+    return written

@@ -1,0 +1,170 @@
+"""The tables of a document on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from .restarts import NO_RESTART, RESTARTS
+from .results import Document, Row
+from .targets import targets
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _table(title: str, columns: Iterable[str], caption: str = "") -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
+    return table
+
+
+def _grid(
+    document: Document, case: str, cells: list[str], title: str, show: Callable[[Row], str], caption: str
+) -> Table:
+    """Subjects down, cells across."""
+    table = _table(title, ["", *cells], caption)
+    for subject in document.subjects(case):
+        rows = [document.find(case, cell, subject) for cell in cells]
+        if any(rows):
+            table.add_row(subject, *(show(row) if row else "–" for row in rows))
+    return table
+
+
+def _ratio(document: Document, measure: str, unit: str, scale: float = 1) -> Callable[[Row], str]:
+    def show(row: Row) -> str:
+        median = row.median(measure)
+        if row.subject == row.reference:
+            return f"1.00 ({_number(median and median / scale)} {unit})"
+        return _number(document.ratio(row, measure))
+
+    return show
+
+
+def _echo(document: Document) -> Iterable[Table]:
+    groups: dict[str, list[str]] = {}
+    for cell in document.cells("echo"):
+        size, _, rest = cell.partition(" × ")
+        groups.setdefault(f"{size}, {rest.partition(', ')[2] or '1 in flight'}", []).append(cell)
+    for group, cells in groups.items():
+        caption = "ratio to the C reference, lower is better; columns: message size × connections"
+        yield _grid(
+            document,
+            "echo",
+            cells,
+            f"Echo, {group}: server CPU for each message",
+            _ratio(document, "cpu_ns", "µs", 1e3),
+            caption,
+        )
+        caption = "ratio to the C reference, higher is better"
+        yield _grid(
+            document, "echo", cells, f"Echo, {group}: messages a second", _ratio(document, "rate", "k/s", 1e3), caption
+        )
+
+
+def _simple(document: Document, case: str, title: str, measures: list[tuple[str, str, str, float]]) -> Iterable[Table]:
+    """One cell: measures across, each with its ratio to the reference."""
+    for cell in document.cells(case):
+        table = _table(f"{title} ({cell})", ["", *(f"{label}, {unit}" for _, label, unit, _ in measures), "ratio"])
+        for row in (row for row in document.rows if row.case == case and row.cell == cell):
+            values = [
+                _number(None if (median := row.median(measure)) is None else median / scale)
+                for measure, _, _, scale in measures
+            ]
+            ratio = document.ratio(row, measures[0][0]) if row.subject != row.reference else 1.0
+            table.add_row(row.subject, *values, _number(ratio))
+        yield table
+
+
+def _memory(document: Document) -> Table:
+    table = _table("Private memory for each idle connection", ["", "bytes"])
+    for row in (row for row in document.rows if row.case == "memory"):
+        table.add_row(row.subject, _number(row.median("bytes"), 0))
+    return table
+
+
+def _restarts(document: Document, case: str) -> Table:
+    columns = ["", "restarts", "clients", "lost", "how", "slowest connect, ms", "without", "longest gap, ms", "without"]
+    columns += ["load's own stall, ms", "restart takes, ms"]
+    caption = (
+        "gap: the longest time around a restart in which no client was served; without: the same server, no restart; "
+        "own stall: the longest time for which the load generator itself did not run, so that gaps up to it prove nothing"
+    )
+    table = _table(f"{case.capitalize()} under a steady stream of new clients", columns, caption)
+    for row in (row for row in document.rows if row.case == case and row.cell == RESTARTS):
+        quiet = document.find(case, NO_RESTART, row.subject)
+        how = ", ".join(f"{count} {kind}" for kind, count in row.facts["failures"].items())
+        table.add_row(
+            row.subject,
+            _number(row.median("restarts"), 0),
+            _number(row.median("clients"), 0),
+            _number(row.median("lost"), 0),
+            how or "–",
+            _number(row.median("connect_max_ms")),
+            _number(quiet.median("connect_max_ms") if quiet else None),
+            _number(row.median("gap_max_ms")),
+            _number(quiet.median("gap_max_ms") if quiet else None),
+            _number(row.median("own_stall_ms")),
+            _number(row.median("restart_ms"), 0),
+        )
+    return table
+
+
+def _targets(document: Document) -> Table | None:
+    found = targets(document)
+    if not found:
+        return None
+    table = _table("Targets", ["what", "at most or at least", "measured", "reached"])
+    for target in found:
+        table.add_row(target.what, target.bound, target.measured, "[green]yes[/]" if target.reached else "[red]no[/]")
+    return table
+
+
+def tables(document: Document) -> Iterable[Table]:
+    """All tables for which the document has rows."""
+    cases = {row.case for row in document.rows}
+    if "echo" in cases:
+        yield from _echo(document)
+    timing = [("cpu_ns", "server CPU", "µs", 1e3), ("rate", "rate", "k/s", 1e3)]
+    if "stream" in cases:
+        yield from _simple(document, "stream", "Streaming", [timing[1], timing[0]])
+    if "accept" in cases:
+        yield from _simple(document, "accept", "Accept and close", timing)
+    if "memory" in cases:
+        yield _memory(document)
+    if "passing" in cases:
+        caption = "ratio to C; sent, received and closed"
+        cells = document.cells("passing")
+        yield _grid(
+            document, "passing", cells, "Passing descriptors: wall time for each", _ratio(document, "ns", "ns"), caption
+        )
+    if "import" in cases:
+        yield from _simple(document, "import", "Import", [("ms", "time", "ms", 1)])
+    for case in ("restarts", "soak"):
+        if case in cases:
+            yield _restarts(document, case)
+    if (found := _targets(document)) is not None:
+        yield found
+
+
+def show(document: Document, console: Console) -> None:
+    """Print the machine, every table, and what was left out."""
+    facts = document.machine
+    versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
+    console.print(
+        f"Linux {facts.get('kernel')}, {facts.get('cpus')} CPUs ({facts.get('cpu')}), Python {facts.get('python')}"
+        f"{', ' + versions if versions else ''}; {facts.get('date')}; {document.command}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for table in tables(document):
+        console.print()
+        console.print(table)
+    if document.skipped:
+        console.print()
+    for case, subject, why in document.skipped:
+        console.print(f"{case}: skipped {subject}: {why}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,24 @@
+"""gevent: a greenlet for each connection."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from gevent.server import StreamServer  # type: ignore[import-untyped]
+from gevent.socket import socket as GeventSocket  # type: ignore[import-untyped]
+
+from .listener import listen
+
+
+def echo(sock: Any, _address: object) -> None:
+    try:
+        while data := sock.recv(256 * 1024):
+            sock.sendall(data)
+    except ConnectionError:
+        pass
+
+
+if __name__ == "__main__":
+    plain: socket.socket = listen()
+    StreamServer(GeventSocket(fileno=plain.detach()), echo).serve_forever()

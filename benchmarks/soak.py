@@ -1,0 +1,12 @@
+"""A thousand takeovers in a row under 5,000 new clients a second, beside the same load without one."""
+
+from __future__ import annotations
+
+from .plan import Plan
+from .restart_rivals import TakeoverCython, TakeoverPython
+from .restarts import run
+
+
+def soak(plan: Plan, takeovers: int, pause: float, quiet_seconds: float) -> None:
+    """Both backends; the slowest of many depends on how many there are, so the quiet run should be about as long."""
+    run(plan, "soak", (TakeoverCython, TakeoverPython), takeovers, pause, quiet_seconds)

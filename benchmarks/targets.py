@@ -1,0 +1,100 @@
+"""What takeover set out to reach, each computed from the rows of a document; a target without its rows is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .importing import OURS
+from .restarts import NO_RESTART, RESTARTS
+from .results import Document, Row
+
+NATIVE, PROTOCOL = "takeover native, cython", "takeover protocol, cython"
+
+
+class Target(NamedTuple):
+    """One line: the bound and the figure as text, and whether it was reached."""
+
+    what: str
+    bound: str
+    measured: str
+    reached: bool
+
+
+def _rows(document: Document, case: str, subject: str) -> list[Row]:
+    return [row for row in document.rows if row.case == case and row.subject == subject]
+
+
+def _worst(
+    document: Document, rows: Iterable[Row], measure: str, reference: str | None = None
+) -> tuple[float, str] | None:
+    ratios = [(ratio, row.cell) for row in rows if (ratio := document.ratio(row, measure, reference)) is not None]
+    return max(ratios, default=None)
+
+
+def _echo(document: Document) -> Iterable[Target]:
+    for subject, bound in ((NATIVE, 1.03), (PROTOCOL, 1.08)):
+        rows = [row for row in _rows(document, "echo", subject) if " × 1," not in f"{row.cell},"]
+        worst = _worst(document, rows, "cpu_ns")
+        if worst:
+            within = sum((document.ratio(row, "cpu_ns") or 9) <= bound for row in rows)
+            measured = f"worst {worst[0]:.2f} at {worst[1]}; {within} of {len(rows)} cells within"
+            yield Target(f"echo, {subject}: CPU a message beside C", f"≤ {bound}", measured, worst[0] <= bound)
+    uvloop = _worst(document, _rows(document, "echo", PROTOCOL), "cpu_ns", "uvloop protocol")
+    if uvloop:
+        least = 1 / uvloop[0]
+        yield Target(
+            "echo, uvloop's CPU beside our protocol class", "≥ 1.15", f"least {least:.2f} at {uvloop[1]}", least >= 1.15
+        )
+
+
+def _stream(document: Document) -> Iterable[Target]:
+    for row in _rows(document, "stream", NATIVE):
+        ratio = document.ratio(row, "rate")
+        if ratio is not None:
+            yield Target("streaming, throughput beside C", "≥ 0.97", f"{ratio:.2f}", ratio >= 0.97)
+        for rival in ("asyncio protocol", "uvloop protocol"):
+            ratio = document.ratio(row, "rate", rival)
+            if ratio is not None:
+                yield Target(f"streaming, throughput beside {rival}", "> 1", f"{ratio:.2f}", ratio > 1)
+
+
+def _memory(document: Document) -> Iterable[Target]:
+    for subject, bound in ((NATIVE, 64), (PROTOCOL, 256)):
+        for row in _rows(document, "memory", subject):
+            spent = (row.median("bytes") or 0) - (row.facts["protocol_object"] if subject == PROTOCOL else 0)
+            beyond = ", beyond the protocol object" if subject == PROTOCOL else ""
+            yield Target(f"idle connection, {subject}{beyond}", f"≤ {bound} B", f"{spent:.0f} B", spent <= bound)
+
+
+def _passing(document: Document) -> Iterable[Target]:
+    row = document.find("passing", "252 in a message", "takeover, cython")
+    ratio = row and document.ratio(row, "ns")
+    if ratio:
+        yield Target("passing descriptors, 252 a batch, beside C", "≤ 1.15", f"{ratio:.2f}", ratio <= 1.15)
+
+
+def _restarts(document: Document, case: str) -> Iterable[Target]:
+    for subject in ("takeover, cython", "takeover, python"):
+        row, quiet = document.find(case, RESTARTS, subject), document.find(case, NO_RESTART, subject)
+        if row is None or quiet is None:
+            continue
+        lost, count = row.median("lost"), row.median("restarts")
+        slowest, usual = row.median("connect_max_ms") or 0, quiet.median("connect_max_ms") or 0
+        gap = row.median("gap_max_ms") or 0
+        prefix = f"{case}, {subject}, {count:.0f} takeovers"
+        yield Target(f"{prefix}: lost", "0", f"{lost:.0f}", not lost)
+        measured = f"{slowest:.2f} ms, without {usual:.2f} ms"
+        yield Target(f"{prefix}: slowest connect", "≤ 2 × without", measured, slowest <= 2 * usual)
+        yield Target(f"{prefix}: longest gap", "≤ 5 ms", f"{gap:.2f} ms", gap <= 5)
+
+
+def targets(document: Document) -> list[Target]:
+    """Every target that the document has rows for."""
+    found = [*_echo(document), *_stream(document), *_memory(document), *_passing(document)]
+    found += [*_restarts(document, "restarts"), *_restarts(document, "soak")]
+    for row in _rows(document, "import", OURS):
+        ratio = document.ratio(row, "ms")
+        if ratio is not None:
+            found.append(Target("import takeover beside the standard modules", "< 1.3", f"{ratio:.2f}", ratio < 1.3))
+    return found
