@@ -1,0 +1,7 @@
+"""`python -m takeover` is the command `takeover`."""
+
+from __future__ import annotations
+
+from .cli import main
+
+main(prog_name="takeover")

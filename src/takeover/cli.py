@@ -1,0 +1,211 @@
+"""The command `takeover`. Only this file imports click and rich."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from . import query
+from ._backend import backend
+from ._version import VERSION
+from .echo import CONTROL, LISTEN
+from .echo import echo as run_echo
+from .errors import TakeoverError
+
+CONTROL_OPTION = click.option(
+    "--control",
+    default=CONTROL,
+    show_default=True,
+    envvar="TAKEOVER_CONTROL",
+    show_envvar=True,
+    metavar="PATH",
+    help="The control socket: who starts with the same path takes over.",
+)
+
+
+class OneLine(logging.Formatter):
+    """An event a line, with the time and the pid: the lines of two generations mix on one terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        line = f"{clock}.{int(record.msecs):03d} {os.getpid()} {record.levelname.lower()}: {record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def log_to_standard_error(level: int) -> None:
+    """Logs go to standard error; one that is closed or full costs the line, not the service."""
+    logging.raiseExceptions = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine())
+    logger = logging.getLogger("takeover")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+def say(line: str) -> None:
+    """A last word on standard error, if there is one."""
+    try:
+        print(f"takeover: {line}", file=sys.stderr, flush=True)
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """What takeover reports on purpose is one line and an exit status, never a traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except TakeoverError as error:
+            say(str(error))
+            sys.exit(error.exit_status)
+        except KeyboardInterrupt:
+            say("interrupted")
+            sys.exit(130)
+        except BrokenPipeError:
+            sys.exit(0)
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(VERSION, message=f"takeover %(version)s ({backend})")
+def main() -> None:
+    """Zero-downtime restarts: start the new version, and it takes over from the one that is running.
+
+    Try it: run `takeover echo` in one terminal, and again in another one, in the same folder.
+
+    \b
+    Exit status: 0 served and ended as asked, or was taken over and has drained
+                 1 it failed; if there was an incumbent, it still serves
+                 2 wrong usage
+                 3 nothing is running there
+                 4 out of time
+    """
+
+
+@main.command("echo")
+@click.option(
+    "--listen",
+    multiple=True,
+    default=[LISTEN],
+    show_default=True,
+    envvar="TAKEOVER_LISTEN",
+    show_envvar=True,
+    metavar="URL",
+    help="tcp://HOST:PORT, tcp://[::]:PORT or unix:PATH; may be repeated. After a ?: v6only=0 takes IPv4 too, "
+    "reuseport=N makes a group of N sockets.",
+)
+@CONTROL_OPTION
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    envvar="TAKEOVER_DRAIN_TIMEOUT",
+    show_envvar=True,
+    metavar="S",
+    help="Seconds that clients have to leave after a takeover or a stop.",
+)
+@click.option(
+    "--probation",
+    type=click.FloatRange(min=0, max=3600),
+    default=1.0,
+    show_default=True,
+    envvar="TAKEOVER_PROBATION",
+    show_envvar=True,
+    metavar="S",
+    help="Seconds that this process, once it is taken over, stands by to take the service back.",
+)
+@click.option("--no-live", is_flag=True, help="Let established connections drain instead of moving them.")
+@click.option(
+    "--dry-run", is_flag=True, help="Do all but the commit: the exit status says whether it would have worked."
+)
+@click.option("--strict", is_flag=True, help="Fail unless exactly the incumbent's listeners are adopted.")
+@click.option(
+    "--max-generations",
+    type=click.IntRange(min=1, max=252),
+    default=8,
+    show_default=True,
+    envvar="TAKEOVER_MAX_GENERATIONS",
+    show_envvar=True,
+    metavar="N",
+    help="How many older generations may drain at a time; the next takeover is refused.",
+)
+@click.option("--verbose", "-v", is_flag=True, help="Log each connection too.")
+@reports_errors
+def echo(listen: tuple[str, ...], no_live: bool, verbose: bool, **options: Any) -> None:
+    """Run the echo server, or take over from the one that runs.
+
+    Alone it is the original: port 9999 on loopback, control socket ./takeover.sock. Start it again in the same folder,
+    and the second takes over from the first.
+    """
+    del no_live
+    log_to_standard_error(logging.DEBUG if verbose else logging.INFO)
+    run_echo(listen=listen, **options)
+
+
+def render(report: dict[str, Any]) -> Table:
+    """The status as a table for a person."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name in ("pid", "generation", "state", "service", "backend", "version"):
+        table.add_row(name, str(report.get(name, "")))
+    table.add_row("uptime", f"{report.get('uptime', 0):.1f} s")
+    for listener in report.get("listeners", []):
+        table.add_row("listener", listener["url"])
+    connections = report.get("connections", {})
+    table.add_row("connections", f"{connections.get('open', 0):,} open")
+    for elder in connections.get("draining", []):
+        table.add_row("", f"{elder['connections']:,} drain in pid {elder['pid']} (generation {elder['generation']})")
+    last = report.get("last_takeover")
+    if last:
+        phases = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in last["phases"].items())
+        reason = f": {last['reason']}" if last.get("reason") else ""
+        table.add_row("last takeover", f"{last['outcome']}, as {last['role']}, with pid {last['peer']}{reason}")
+        table.add_row("", phases)
+    return table
+
+
+@main.command()
+@CONTROL_OPTION
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@click.option("--watch", is_flag=True, help="Go on showing it, each second, until interrupted.")
+@reports_errors
+def status(control: str, as_json: bool, watch: bool) -> None:
+    """Show who serves: pid, generation, state, listeners, connections, the last takeover."""
+    console = Console()
+    if not watch:
+        report = query.status(control)
+        click.echo(json.dumps(report, indent=2)) if as_json else console.print(render(report))
+    elif as_json:
+        while True:
+            click.echo(json.dumps(query.status(control)))
+            time.sleep(1)
+    else:
+        with Live(render(query.status(control)), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(1)
+                live.update(render(query.status(control)), refresh=True)
+
+
+@main.command()
+@CONTROL_OPTION
+@reports_errors
+def stop(control: str) -> None:
+    """Stop the service: it accepts no more, drains to its deadline, and ends. Returns when it has ended."""
+    click.echo(f"pid {query.stop(control)} has ended")

@@ -1,0 +1,209 @@
+"""The control socket's place in the file system: its path, its lock, its permissions, and who is at the other end.
+
+Beside the socket PATH lies PATH.lock, flock'ed by the owner for as long as it lives and handed on with every takeover, so
+that the lock is never free while anybody owns the service, and always free after a SIGKILL. Whoever gets the lock may
+take a socket file that nobody listens on for stale; nobody else removes anything. The lock file itself is removed only
+by its holder, and whoever locks it checks that the path still leads to the file that was locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+from collections.abc import Collection
+from typing import NamedTuple
+
+from .errors import ControlPathError, NotRunning, UsageError
+
+LONGEST_PATH = 107
+"""Bytes: sun_path of unix(7) has 108 with the terminating zero."""
+
+SO_PEERPIDFD = 77
+"""include/uapi/asm-generic/socket.h, since Linux 6.5."""
+
+Identity = tuple[int, int]
+"""Device and inode of a path: which file it is, whatever it is called."""
+
+
+class Peer(NamedTuple):
+    """The process at the other end; `pid` is 0 where it lives in another pid namespace, `pidfd` None where unknown."""
+
+    pid: int
+    uid: int
+    pidfd: int | None
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """Asks the kernel who is at the other end of a connected UNIX socket; the caller owns the pidfd."""
+    pid, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    pidfd: int | None = None
+    try:
+        pidfd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError:
+        with contextlib.suppress(OSError, AttributeError):
+            pidfd = os.pidfd_open(pid) if pid else None
+    return Peer(pid, uid, pidfd)
+
+
+def identity(path: str) -> Identity | None:
+    """Which file the path leads to, without following a link; None where there is none."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def remove_own(path: str, own: Identity | None) -> None:
+    """Unlinks the path if it still leads to the file that is our own."""
+    if own is not None and identity(path) == own:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+class ControlPath:
+    """The path of a control socket, checked once; raises UsageError or ControlPathError where it is not fit for use."""
+
+    def __init__(self, path: str, allow_uids: Collection[int] = ()) -> None:
+        self.allowed = frozenset({os.geteuid(), 0, *allow_uids})
+        self._mode = 0o666 if allow_uids else 0o600
+        if not path or "\0" in path:
+            raise UsageError(f"control path {path!r}: give the path of a file; abstract sockets have no permissions")
+        if len(os.fsencode(path)) > LONGEST_PATH:
+            raise UsageError(
+                f"control path {path}: {len(os.fsencode(path))} bytes, a UNIX socket's path has at most {LONGEST_PATH}; "
+                "choose a shorter one"
+            )
+        try:
+            absolute = os.path.abspath(path)
+        except OSError as error:
+            raise ControlPathError(f"control path {path}: the working folder is gone ({error.strerror})") from None
+        self.path = absolute if len(os.fsencode(absolute)) <= LONGEST_PATH else path
+        self.lock_path = self.path + ".lock"
+        self._check_folder(os.path.dirname(absolute))
+
+    def _check_folder(self, folder: str) -> None:
+        try:
+            status = os.stat(folder)
+        except OSError as error:
+            raise ControlPathError(
+                f"control path {self.path}: stat {folder}: {error.strerror}; make the folder first"
+            ) from None
+        if not stat.S_ISDIR(status.st_mode):
+            raise ControlPathError(f"control path {self.path}: {folder} is not a folder")
+        if status.st_uid not in self.allowed:
+            raise ControlPathError(
+                f"control path {self.path}: the folder {folder} belongs to uid {status.st_uid}, who could replace the "
+                f"socket; choose a folder of uid {os.geteuid()} or of root"
+            )
+        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+            raise ControlPathError(
+                f"control path {self.path}: everybody may write to {folder}; choose another folder, or chmod o-w it"
+            )
+
+    def lock(self, *, create: bool = True) -> int | None:
+        """The descriptor of the locked lock file, which the caller owns; None while somebody else holds it.
+
+        Without `create`, a lock file that does not exist raises NotRunning, and nothing is written.
+        """
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        while True:
+            try:
+                descriptor = os.open(self.lock_path, flags, self._mode)
+            except OSError as error:
+                if error.errno == errno.ENOENT and not create:
+                    raise NotRunning(f"nothing is running at {self.path}") from None
+                hint = "it is a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
+                raise ControlPathError(f"open {self.lock_path}: {hint}") from None
+            try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise ControlPathError(f"{self.lock_path} is not a regular file; remove it")
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                status = os.fstat(descriptor)
+                if identity(self.lock_path) == (status.st_dev, status.st_ino):
+                    return descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def is_locked(self) -> bool:
+        """Whether somebody holds the lock, that is owns the service; leaves no trace."""
+        try:
+            descriptor = self.lock(create=False)
+        except NotRunning:
+            return False
+        if descriptor is not None:
+            os.close(descriptor)
+        return descriptor is None
+
+    def unlock(self, descriptor: int) -> None:
+        """Removes the lock file if the path still leads to it, and closes the descriptor."""
+        status = os.fstat(descriptor)
+        remove_own(self.lock_path, (status.st_dev, status.st_ino))
+        os.close(descriptor)
+
+    def connect(self) -> socket.socket | None:
+        """A connection to whoever listens at the path; None if nobody does: no file there, or a stale socket.
+
+        Raises ControlPathError for what is not a socket, or may not be connected to.
+        """
+        try:
+            status = os.lstat(self.path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ControlPathError(f"lstat {self.path}: {error.strerror}") from None
+        if not stat.S_ISSOCK(status.st_mode):
+            kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a socket"
+            raise ControlPathError(
+                f"control path {self.path}: there is {kind} in the way; remove it, or choose another path"
+            )
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.connect(self.path)
+            return sock
+        except (ConnectionRefusedError, FileNotFoundError):
+            sock.close()
+            return None
+        except BlockingIOError:
+            sock.close()
+            raise ControlPathError(
+                f"connect {self.path}: its queue is full; is the process behind it stopped?"
+            ) from None
+        except OSError as error:
+            sock.close()
+            hint = (
+                f"it belongs to uid {status.st_uid}" if error.errno in (errno.EACCES, errno.EPERM) else error.strerror
+            )
+            raise ControlPathError(f"connect {self.path}: {hint}") from None
+
+    def bind(self) -> tuple[socket.socket, Identity]:
+        """Binds the path and listens there; only for the holder of the lock, when connect() returned None.
+
+        The file has its final permissions from its first instant: on Linux it takes them from the socket's own inode.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+            os.fchmod(sock.fileno(), self._mode)
+            sock.bind(self.path)
+            if self._mode != 0o600:
+                os.chmod(self.path, self._mode)
+            sock.setblocking(False)
+            sock.listen(4096)
+            status = os.lstat(self.path)
+            return sock, (status.st_dev, status.st_ino)
+        except OSError as error:
+            sock.close()
+            raise ControlPathError(f"bind {self.path}: {error.strerror}") from None

@@ -1,0 +1,177 @@
+"""The control thread: one small selector loop in which every exchange has a machine and time limits of its own.
+
+The owner's side and the successor's side both live here, so a successor becomes the owner without a change of threads,
+and one implementation serves the native loop, asyncio and servers that block. A silent or hostile connection delays
+neither status nor the next successor. While nothing is under way the thread sleeps in the kernel without a time limit.
+
+Ticks are counted, not clocked: a tick that comes late counts once. So a process that was stopped and goes on finds what
+its peer sent in the meantime before it judges anybody's silence.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from .exchange import Exchange, logger
+from .link import close_all
+from .protocol import Limits, Local
+
+Result = TypeVar("Result")
+
+
+class ControlThread:
+    """Owns the thread, its selector and the links of its exchanges. Other threads come in through `post` and `ask` only.
+
+    `ended` is set when the thread has ended.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.exchanges: dict[Exchange, tuple[int, int]] = {}
+        self.ended = threading.Event()
+        self.selector = selectors.DefaultSelector()
+        self._posted: deque[Callable[[], object]] = deque()
+        self._wake_reading, self._wake_writing = os.pipe()
+        os.set_blocking(self._wake_reading, False)
+        os.set_blocking(self._wake_writing, False)
+        self.selector.register(self._wake_reading, selectors.EVENT_READ, self._woken)
+        self._next_tick = 0.0
+        self._at_next_tick: list[Callable[[], object]] = []
+        self._thread = threading.Thread(target=self._run, name="takeover-control", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def post(self, callback: Callable[[], object]) -> None:
+        """Runs the callback in the control thread, soon; dropped if the thread has ended."""
+        self._posted.append(callback)
+        try:
+            os.write(self._wake_writing, b"\0")
+        except BlockingIOError:
+            pass
+
+    def ask(self, question: Callable[[], Result]) -> Result:
+        """Runs the question in the control thread and returns its answer, or raises what it raised."""
+        answer: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(question())
+            except BaseException as error:  # noqa: BLE001 - raised again in the thread that asked
+                answer.set_exception(error)
+
+        if threading.current_thread() is self._thread:
+            run()
+        else:
+            self.post(run)
+        return answer.result()
+
+    def close(self) -> None:
+        """Ends the thread and closes what it owns; what is under way is left to the kernel, like a death would leave it."""
+        if self.ended.is_set():
+            return
+        self.post(self.ended.set)
+        self._thread.join()
+        for exchange in list(self.exchanges):
+            exchange.link.close()
+        self.close_after_fork()
+
+    def close_after_fork(self) -> None:
+        """Closes every descriptor of the thread, in a forked child where it does not run; touches no shared epoll set."""
+        self.ended.set()
+        for exchange in self.exchanges:
+            exchange.link.before_close = None
+            exchange.link.close()
+        self.exchanges.clear()
+        self.selector.close()
+        close_all([self._wake_reading, self._wake_writing])
+
+    def add(self, exchange: Exchange) -> None:
+        """Takes an exchange in; it leaves by itself when it is finished or its link is lost for good."""
+        if not self._needs_ticks():
+            self._next_tick = time.monotonic() + self.limits.heartbeat
+        self.exchanges[exchange] = (-1, -1)
+        exchange.link.before_close = lambda: self._unregister(exchange)
+        self._watch(exchange)
+
+    def at_next_tick(self, callback: Callable[[], object]) -> None:
+        """Runs the callback in the control thread after a heartbeat's time; only for the control thread."""
+        if not self._needs_ticks():
+            self._next_tick = time.monotonic() + self.limits.heartbeat
+        self._at_next_tick.append(callback)
+
+    def run_step(self, exchange: Exchange, work: Callable[[], object]) -> None:
+        """Lets one exchange work; a mistake in it costs that exchange its link, not the service its control thread."""
+        try:
+            work()
+        except Exception:
+            logger.exception("the exchange with pid %d failed", exchange.link.peer.pid)
+            exchange.link.close()
+            if not exchange.finished and exchange.machine.accepts(Local.LOST):
+                exchange.step(Local.LOST)
+        self._watch(exchange)
+
+    def _run(self) -> None:
+        while not self.ended.is_set():
+            ticking = self._needs_ticks()
+            for key, mask in self.selector.select(max(0.0, self._next_tick - time.monotonic()) if ticking else None):
+                key.data(mask)
+            while self._posted and not self.ended.is_set():
+                self._posted.popleft()()
+            if ticking and time.monotonic() >= self._next_tick:
+                self._next_tick = time.monotonic() + self.limits.heartbeat
+                due, self._at_next_tick = self._at_next_tick, []
+                for callback in due:
+                    callback()
+                for exchange in list(self.exchanges):
+                    self.run_step(exchange, exchange.tick)
+
+    def _needs_ticks(self) -> bool:
+        return bool(self._at_next_tick) or any(exchange.needs_ticks for exchange in self.exchanges)
+
+    def _woken(self, _mask: int) -> None:
+        os.read(self._wake_reading, 4096)
+
+    def _ready(self, exchange: Exchange, mask: int) -> None:
+        def work() -> None:
+            if mask & selectors.EVENT_WRITE:
+                exchange.link.flush()
+            if mask & selectors.EVENT_READ:
+                exchange.readable()
+
+        if exchange in self.exchanges:
+            self.run_step(exchange, work)
+
+    def _watch(self, exchange: Exchange) -> None:
+        """Brings the selector up to date with what the exchange waits for."""
+        if exchange.link.lost:
+            exchange.link.close()
+            if exchange.finished or not exchange.needs_ticks:
+                self.exchanges.pop(exchange, None)
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if exchange.link.unsent else 0)
+        sock, _ = self.exchanges[exchange]
+        if sock < 0:
+            sock, pidfd = exchange.link.fileno(), exchange.link.peer.pidfd
+            self.selector.register(sock, events, lambda mask: self._ready(exchange, mask))
+            if pidfd is not None:
+                died = lambda _: self.run_step(exchange, exchange.died)
+                self.selector.register(pidfd, selectors.EVENT_READ, died)
+            self.exchanges[exchange] = (sock, -1 if pidfd is None else pidfd)
+        elif self.selector.get_key(sock).events != events:
+            self.selector.modify(sock, events, self.selector.get_key(sock).data)
+
+    def _unregister(self, exchange: Exchange) -> None:
+        for descriptor in self.exchanges.get(exchange, (-1, -1)):
+            if descriptor >= 0:
+                self.selector.unregister(descriptor)
+        if exchange in self.exchanges:
+            self.exchanges[exchange] = (-1, -1)

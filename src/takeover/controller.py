@@ -1,0 +1,346 @@
+"""The owner's estate: the control socket, the lock, the listeners, and what the two roles do to them."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import threading
+import time
+import weakref
+from typing import Any, NamedTuple
+
+from ._backend import backend
+from ._version import VERSION
+from .control import ControlPath, Identity, remove_own
+from .control_thread import ControlThread
+from .exchange import Exchange, logger
+from .incumbent import UNDECIDED, Incumbent
+from .link import Link, close_all
+from .protocol import Limits, Local, State
+from .successor import Elder, Successor
+from .wire import Type
+
+MOST_CONNECTIONS = 256
+"""Control connections at a time; the oldest that has not said what it wants makes room for a newer one."""
+
+
+class Server:
+    """What a takeover asks of the server around it. Each method is called in the control thread and must not block."""
+
+    def start_accepting(self) -> None:
+        """Accept again: a takeover that had been committed was undone."""
+
+    def stop_accepting(self, kept: frozenset[str]) -> None:
+        """Stop accepting on all listeners but those named, which the successor has no use for."""
+
+    def drain(self) -> None:
+        """The successor is settled: serve what is left, close the listeners, end."""
+
+    def undone(self, reason: str) -> None:
+        """The incumbent took the service back in the probation of this process: stop accepting, serve what is left, end."""
+
+    def stop(self) -> None:
+        """Somebody asked for the end of the service."""
+
+    def connections(self) -> int:
+        """How many connections are open."""
+        return 0
+
+
+class Held(NamedTuple):
+    """A listener of the service; the socket is the server's too."""
+
+    name: str
+    url: str
+    sock: socket.socket
+    identity: Identity | None
+
+
+class Controller(ControlThread):
+    """Owns the control socket and the lock from the moment at which the service is its own until it is handed over.
+
+    `state` is one of the words that status shows: joining, warming, serving, probation, draining, stopped, undone.
+    `over` is set when the service is this process's no more, or is to end.
+    """
+
+    def __init__(
+        self,
+        control: ControlPath,
+        server: Server,
+        limits: Limits,
+        *,
+        service: str,
+        probation: float,
+        drain_timeout: float,
+        max_generations: int,
+    ) -> None:
+        super().__init__(limits)
+        self.control = control
+        self.server = server
+        self.service = service
+        self.probation = probation
+        self.drain_timeout = drain_timeout
+        self.max_generations = max_generations
+        self.generation = 1
+        self.state = "joining"
+        self.listeners: list[Held] = []
+        self.over = threading.Event()
+        self.last_takeover: dict[str, Any] | None = None
+        self._began = time.monotonic()
+        self._listening: socket.socket | None = None
+        self._identity: Identity | None = None
+        self._lock = -1
+        self._yielded = False
+        _controllers.add(self)
+
+    # What the successor's side calls.
+
+    def own_service(self, successor: Successor) -> None:
+        """The commit: what was inherited is ours now. Listening anew makes the kernel name us as the peer (unix(7))."""
+        for kept in successor.inherited:
+            if kept.role == "control":
+                self._listening = socket.socket(fileno=kept.descriptor)
+                self._listening.listen(4096)
+                self._identity = kept.identity
+            elif kept.role == "lock":
+                self.keep_lock(kept.descriptor)
+        successor.inherited = []
+        self.generation = successor.elder.generation + 1
+        self.state = "probation"
+        self.answer()
+
+    def settled(self, successor: Successor) -> None:
+        """The takeover is final, on this side."""
+        self.state = "serving"
+        self._note(successor, "committed")
+
+    def lose_service(self, successor: Successor) -> None:
+        """The incumbent took the service back: what is not ours any more is forgotten, and stays in the file system."""
+        self.state = "undone"
+        self._let_go()
+        self.over.set()
+        self.server.undone(successor.reason)
+
+    def watch_elder(self, descriptor: int, elder: Elder) -> None:
+        """Takes over the watch on an older process; owns the descriptor of the link to it."""
+        link = Link(socket.socket(fileno=descriptor))
+        self.add(Successor.of_elder(link, self, elder))
+
+    # What the incumbent's side calls.
+
+    def own_cold(self, lock: int) -> None:
+        """A cold start, or what comes after the original script: the path is ours; takes the lock over."""
+        self.keep_lock(lock)
+        self._listening, self._identity = self.control.bind()
+        self.state = "warming"
+        self.answer()
+
+    def keep_lock(self, descriptor: int) -> None:
+        """Takes a locked lock file; the one that is at the path now stays, should there be two."""
+        if self._lock >= 0:
+            close_all([descriptor])
+        else:
+            self._lock = descriptor
+
+    def answer(self) -> None:
+        """Answers the control socket from now on."""
+        if self._listening is not None and self._listening not in self.selector.get_map():
+            self.selector.register(self._listening, selectors.EVENT_READ, self._accept)
+
+    def estate(self) -> list[tuple[dict[str, Any], int]]:
+        """What is handed over besides the token: items as LISTENERS describes them, with their descriptors."""
+        assert self._listening is not None
+        device, inode = self._identity or (0, 0)
+        rest = {"name": "", "url": "", "device": device, "inode": inode}
+        listeners = [
+            (
+                {
+                    "role": "listener",
+                    "name": held.name,
+                    "url": held.url,
+                    "device": held.identity[0] if held.identity else 0,
+                    "inode": held.identity[1] if held.identity else 0,
+                },
+                held.sock.fileno(),
+            )
+            for held in self.listeners
+        ]
+        return [
+            ({"role": "lock", **rest}, self._lock),
+            ({"role": "control", **rest}, self._listening.fileno()),
+            *listeners,
+        ]
+
+    def busy_with(self, asking: Exchange) -> str | None:
+        """Why no takeover may begin now, if so."""
+        pid = os.getpid()
+        for exchange in self.exchanges:
+            if exchange is not asking and isinstance(exchange, Incumbent) and exchange.state in UNDECIDED:
+                seconds = time.monotonic() - exchange.began
+                return f"pid {exchange.link.peer.pid} has been taking over from pid {pid} for {seconds:.1f} s"
+        if self.state != "serving":
+            return f"pid {pid} is {'on probation' if self.state == 'probation' else self.state}; try again in a moment"
+        return None
+
+    @property
+    def elders(self) -> list[Elder]:
+        """The older processes that still drain."""
+        return [each.elder for each in self._elder_exchanges()]
+
+    def _elder_exchanges(self) -> list[Successor]:
+        return [
+            exchange
+            for exchange in self.exchanges
+            if isinstance(exchange, Successor) and exchange.state is State.OWNER and not exchange.link.lost
+        ]
+
+    def yield_service(self, incumbent: Incumbent) -> None:
+        """The successor is ready: nobody is accepted here any more, neither on the control socket."""
+        if self._listening is not None and self._listening in self.selector.get_map():
+            self.selector.unregister(self._listening)
+        self._yielded = True
+        self.server.stop_accepting(frozenset(incumbent.ready.get("unused", ())))
+
+    def resume_service(self, incumbent: Incumbent) -> None:
+        """The takeover is off: accept again. Whatever a successor did to a shared listener's blocking mode is mended."""
+        for held in self.listeners:
+            os.set_blocking(held.sock.fileno(), False)
+        if self._yielded and self._listening is not None:
+            self._yielded = False
+            os.set_blocking(self._listening.fileno(), False)
+            self._listening.listen(4096)
+            self.answer()
+            self.server.start_accepting()
+
+    def release_service(self, incumbent: Incumbent) -> None:
+        """The service belongs to the successor for good: what is left here drains."""
+        self.state = "draining"
+        self._let_go()
+        self.over.set()
+        self.server.drain()
+
+    def bequeath_elders(self, link: Link) -> None:
+        """Sends DONE with the links to the older processes; they are closed here, the successor watches them now."""
+        leaving = [exchange for exchange in self._elder_exchanges() if exchange.link.between_frames]
+        elders = [exchange.elder._asdict() for exchange in leaving]
+        body = {"left": self.server.connections(), "elders": elders}
+        link.send(Type.DONE, body, [exchange.link.fileno() for exchange in leaving])
+        for exchange in leaving:
+            exchange.link.close()
+            self.exchanges.pop(exchange, None)
+
+    def decided(self, incumbent: Incumbent) -> None:
+        """An exchange that was under way has ended, one way or the other."""
+        if incumbent.state is State.DRAINING or self.state == "draining":
+            logger.info(
+                "pid %d has taken over; %d connections left", incumbent.link.peer.pid, self.server.connections()
+            )
+        elif incumbent.dry_run:
+            logger.info("dry run of pid %d: %s", incumbent.link.peer.pid, incumbent.reason)
+        else:
+            self._note(incumbent, "undone")
+            logger.warning("the takeover by pid %d is off: %s; serving on", incumbent.link.peer.pid, incumbent.reason)
+
+    def stop_requested(self, pid: int) -> None:
+        """Somebody asked for the end of the service over the control socket."""
+        logger.info("pid %d asks to stop", pid)
+        self.over.set()
+        self.server.stop()
+
+    # What the service calls.
+
+    def leave(self) -> None:
+        """This process is going to end: a takeover under way goes on without it, else the path and the lock are given up."""
+        for exchange in list(self.exchanges):
+            if not exchange.finished and exchange.machine.accepts(Local.LEAVING):
+                self.run_step(exchange, lambda: exchange.step(Local.LEAVING))  # noqa: B023
+        if self._lock >= 0:
+            if self._listening is not None:
+                remove_own(self.control.path, self._identity)
+            for held in self.listeners:
+                if held.identity is not None:
+                    remove_own(held.sock.getsockname(), held.identity)
+            lock, self._lock = self._lock, -1
+            self._let_go()
+            self.control.unlock(lock)
+            self.state = "stopped"
+
+    def close_after_fork(self) -> None:
+        super().close_after_fork()
+        if self._listening is not None:
+            self._listening.close()
+        close_all([self._lock] if self._lock >= 0 else [])
+        self._listening, self._lock = None, -1
+
+    def status(self) -> dict[str, Any]:
+        """What `takeover status` shows."""
+        draining = [elder._asdict() for elder in self.elders]
+        return {
+            "pid": os.getpid(),
+            "generation": self.generation,
+            "state": self.state,
+            "service": self.service,
+            "backend": backend,
+            "version": VERSION,
+            "uptime": round(time.monotonic() - self._began, 3),
+            "listeners": [{"name": held.name, "url": held.url} for held in self.listeners],
+            "connections": {"open": self.server.connections(), "draining": draining},
+            "last_takeover": self.last_takeover,
+        }
+
+    def _accept(self, _mask: int) -> None:
+        assert self._listening is not None
+        for _ in range(MOST_CONNECTIONS):
+            try:
+                sock, _ = self._listening.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                logger.warning("accept %s: %s; trying again", self.control.path, error.strerror)
+                self.selector.unregister(self._listening)
+                self.at_next_tick(self.answer)
+                return
+            self._make_room()
+            link = Link(sock)
+            if link.peer.uid not in self.control.allowed:
+                logger.warning("refused uid %d (pid %d): not allowed here", link.peer.uid, link.peer.pid)
+                link.close()
+                continue
+            self.add(Incumbent(link, self))
+
+    def _make_room(self) -> None:
+        waiting = [exchange for exchange in self.exchanges if exchange.state is State.GREETING]
+        if len(waiting) >= MOST_CONNECTIONS:
+            self.run_step(waiting[0], lambda: waiting[0].step(Local.OVERTIME))
+
+    def _let_go(self) -> None:
+        if self._listening is not None:
+            if self._listening in self.selector.get_map():
+                self.selector.unregister(self._listening)
+            self._listening.close()
+            self._listening = None
+        if self._lock >= 0:
+            close_all([self._lock])
+            self._lock = -1
+
+    def _note(self, exchange: Exchange, outcome: str) -> None:
+        self.last_takeover = {
+            "outcome": outcome,
+            "role": exchange.role,
+            "peer": exchange.link.peer.pid,
+            "reason": exchange.reason or None,
+            "phases": {name: round(milliseconds, 3) for name, milliseconds in exchange.phases.items()},
+            "at": time.time(),
+        }
+
+
+_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for controller in list(_controllers):
+        controller.close_after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,145 @@
+"""The incumbent's side of one control connection: hands the service over, tells its status, or stops it."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from ._version import VERSION
+from .exchange import Exchange, logger
+from .link import Link, close_all
+from .protocol import COMMIT_BYTE, INCUMBENT, SETTLE_BYTE, Do, Event, Local, State
+from .wire import MAX_DESCRIPTORS, VERSIONS, Body, Frame, Type
+
+if TYPE_CHECKING:
+    from .controller import Controller
+
+UNDECIDED = frozenset({State.OFFERING, State.WARMING, State.COMMITTED, State.PROBATION})
+
+
+class Incumbent(Exchange):
+    """Owns its end of the token from the first offer until the exchange is decided."""
+
+    role = "incumbent"
+    other = "successor"
+    table = INCUMBENT
+
+    def __init__(self, link: Link, owner: Controller) -> None:
+        super().__init__(link, owner.limits)
+        self.owner = owner
+        self.dry_run = False
+        self.began = time.monotonic()
+        self.ready: Body = {}
+        self._refusal = ("busy", "")
+        self._token = -1
+        self._batches: list[tuple[list[dict[str, Any]], list[int]]] | None = None
+        self._counted = -1
+        link.send(
+            Type.HELLO,
+            {
+                "versions": list(VERSIONS),
+                "generation": owner.generation,
+                "build": VERSION,
+                "pid": os.getpid(),
+                "service": owner.service,
+            },
+        )
+
+    def received(self, frame: Frame) -> Event | None:
+        if frame.type is Type.JOIN:
+            refusal = self._refuse(frame.body)
+            if refusal is not None:
+                self._refusal = refusal
+                logger.info("refused pid %d: %s", self.link.peer.pid, refusal[1])
+                return Local.DENIED
+            self.dry_run = frame.body["dry_run"]
+            logger.info("pid %d asks for the service%s", self.link.peer.pid, " (dry run)" if self.dry_run else "")
+        elif frame.type is Type.READY:
+            self.ready = frame.body
+        elif frame.type is Type.ABORT:
+            self.reason = frame.body["reason"]
+        return frame.type
+
+    def _refuse(self, wish: Body) -> tuple[str, str] | None:
+        pid = os.getpid()
+        if wish["version"] not in VERSIONS:
+            return "version", f"pid {pid} speaks protocol {list(VERSIONS)}, not {wish['version']}"
+        if wish["service"] != self.owner.service:
+            return "service", f"the service here is {self.owner.service!r}, not {wish['service']!r}"
+        busy = self.owner.busy_with(self)
+        if busy is not None:
+            return "busy", busy
+        elders = self.owner.elders
+        if len(elders) >= self.owner.max_generations:
+            pids = ", ".join(str(elder.pid) for elder in elders)
+            return "generations", f"{len(elders)} older generations still drain (pid {pids}); wait, or raise the limit"
+        needed = len(self.owner.estate()) + 1
+        if wish["room"] < needed:
+            return "room", f"{needed} descriptors to hand over, room for {wish['room']} (see ulimit -n)"
+        return None
+
+    def message(self, kind: Type) -> None:
+        if kind is Type.REFUSE:
+            self.link.send(kind, {"code": self._refusal[0], "reason": self._refusal[1]})
+        elif kind is Type.REPORT:
+            self.link.send(kind, self.owner.status())
+        elif kind is Type.STOPPING:
+            self.link.send(kind, {"deadline": self.owner.drain_timeout})
+        elif kind is Type.DONE:
+            self.owner.bequeath_elders(self.link)
+        else:
+            super().message(kind)
+
+    def perform(self, action: Do) -> Event | None:
+        if action is Do.OFFER:
+            return self._offer()
+        if action is Do.STOP_ACCEPTING:
+            self.owner.yield_service(self)
+        elif action is Do.START_ACCEPTING:
+            self.owner.resume_service(self)
+        elif action is Do.TAKE_BACK:
+            byte = os.read(self._token, 1) if self._token >= 0 else COMMIT_BYTE
+            return {COMMIT_BYTE: Local.GOT_COMMIT, SETTLE_BYTE: Local.GOT_SETTLE}.get(byte, Local.GOT_NOTHING)
+        elif action is Do.RELEASE:
+            self.owner.release_service(self)
+        elif action is Do.STOP:
+            self.owner.stop_requested(self.link.peer.pid)
+        return None
+
+    def _offer(self) -> Event | None:
+        if self._batches is None:
+            self._batches = self._prepare()
+        if not self._batches:
+            return Local.OFFERED
+        items, descriptors = self._batches.pop(0)
+        left = sum(len(rest) for rest, _ in self._batches)
+        self.link.send(Type.LISTENERS, {"items": items, "left": left}, descriptors)
+        return None
+
+    def _prepare(self) -> list[tuple[list[dict[str, Any]], list[int]]]:
+        self._token, writing = os.pipe()
+        os.set_blocking(self._token, False)
+        os.write(writing, COMMIT_BYTE + SETTLE_BYTE)
+        os.close(writing)
+        token = {"role": "token", "name": "", "url": "", "device": 0, "inode": 0}
+        items = [(token, self._token), *self.owner.estate()]
+        return [
+            ([item for item, _ in batch], [descriptor for _, descriptor in batch])
+            for batch in (items[start : start + MAX_DESCRIPTORS] for start in range(0, len(items), MAX_DESCRIPTORS))
+        ]
+
+    def changed(self, before: State) -> None:
+        if before in UNDECIDED | {State.TAKING_BACK} and self.state not in UNDECIDED | {State.TAKING_BACK}:
+            close_all([self._token])
+            self.owner.decided(self)
+
+    def tick(self) -> None:
+        super().tick()
+        if self.state is State.PROBATION and self._elapsed >= self.owner.probation / self.limits.heartbeat:
+            self.step(Local.PROBATION_OVER)
+        if self.state is State.DRAINING:
+            count = self.owner.server.connections()
+            if count != self._counted and not self.link.unsent:
+                self._counted = count
+                self.link.send(Type.DRAINING, {"connections": count})

@@ -1,0 +1,140 @@
+"""One control connection: whole frames in and out, the descriptors that ride on them, and who is at the other end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ._backend import fdpass
+from .control import Peer, peer_of
+from .errors import RemoteProtocolError
+from .wire import MAX_DESCRIPTORS, Body, Decoder, Frame, Type, encode
+
+FRAMES_AT_ONCE = 32
+"""How many frames one link may have processed before it is another link's turn."""
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    """Closes descriptors that nobody is going to use."""
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+class Link:
+    """Owns the socket, the pidfd of the peer and whatever descriptors a frame that never became whole had brought.
+
+    `lost` turns true at end-of-file, at a reset, and when the peer's process is found dead with nothing left to read.
+    Descriptors that are sent stay the caller's, who keeps them open until the frame was answered.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.peer: Peer = peer_of(sock)
+        self.lost = False
+        self.before_close: Callable[[], None] | None = None
+        self._decoder = Decoder()
+        self._queue: deque[tuple[bytes, Sequence[int]]] = deque()
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    @property
+    def unsent(self) -> bool:
+        """Whether something is queued that the socket had no room for."""
+        return bool(self._queue)
+
+    @property
+    def between_frames(self) -> bool:
+        """Whether no part of a frame has been read without the rest, or queued for sending."""
+        return not self._queue and self._decoder.wants() == Decoder().wants()
+
+    def send(self, kind: Type, body: Body | None = None, descriptors: Sequence[int] = ()) -> None:
+        """Queues a frame and sends what the socket takes. Raises OSError where the kernel refuses the descriptors."""
+        self._queue.append((encode(kind, body, len(descriptors)), descriptors))
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends what the socket takes of what is queued.
+
+        A peer that is gone is no error here: what it sent before may still be read, and the end of that tells.
+        """
+        while self._queue:
+            data, descriptors = self._queue[0]
+            try:
+                if descriptors:
+                    sent = fdpass.send_descriptors(self.sock.fileno(), data, descriptors)
+                else:
+                    sent = self.sock.send(data, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                self._queue.clear()
+                return
+            except OSError:
+                self._queue.clear()
+                raise
+            if sent == len(data):
+                self._queue.popleft()
+            else:
+                self._queue[0] = (data[sent:], ())
+
+    def first_byte(self) -> bytes | None:
+        """The next byte without taking it; b"" at the end, None where nothing has come yet."""
+        try:
+            return self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def take_legacy(self) -> int:
+        """The one descriptor that rides on the original script's byte; the caller owns it."""
+        _, descriptors = fdpass.receive_descriptors(self.sock.fileno(), 1, MAX_DESCRIPTORS)
+        if len(descriptors) != 1:
+            close_all(descriptors)
+            raise RemoteProtocolError(
+                f"a single 0 byte came with {len(descriptors)} descriptors instead of one listener"
+            )
+        return int(descriptors[0])
+
+    def receive(self) -> list[Frame]:
+        """The frames that are complete; their descriptors are the caller's. Raises RemoteProtocolError."""
+        frames: list[Frame] = []
+        try:
+            while len(frames) < FRAMES_AT_ONCE:
+                size, room = self._decoder.wants()
+                data, descriptors = fdpass.receive_descriptors(self.sock.fileno(), size, room)
+                if not data:
+                    self.lost = True
+                    break
+                frame = self._decoder.feed(data, descriptors)
+                if frame is not None:
+                    frames.append(frame)
+        except BlockingIOError:
+            pass
+        except ConnectionResetError:
+            self.lost = True
+        except RemoteProtocolError:
+            for frame in frames:
+                close_all(frame.descriptors)
+            raise
+        return frames
+
+    def close(self) -> None:
+        """Closes everything that the link owns."""
+        self.lost = True
+        if self.before_close is not None:
+            self.before_close()
+            self.before_close = None
+        self._queue.clear()
+        close_all(self._decoder.descriptors)
+        self._decoder = Decoder()
+        self.sock.close()
+        if self.peer.pidfd is not None:
+            close_all([self.peer.pidfd])
+            self.peer = self.peer._replace(pidfd=None)

@@ -1,0 +1,99 @@
+"""Asks the owner of a control socket for its status, or to stop."""
+
+from __future__ import annotations
+
+import select
+import time
+from typing import Any
+
+from .control import ControlPath
+from .errors import LocalError, NotRunning, PeerLost, RemoteProtocolError, TimedOut
+from .link import Link, close_all
+from .wire import Frame, Type
+
+TIME_LIMIT = 5.0
+"""Seconds for an answer."""
+
+
+def _connect(control: ControlPath, deadline: float) -> Link:
+    """A link to the owner. The lock is looked at first, for merely to connect would end the original script's service."""
+    while True:
+        if not control.is_locked():
+            raise NotRunning(f"nothing is running at {control.path}")
+        sock = control.connect()
+        if sock is not None:
+            link = Link(sock)
+            if link.peer.uid not in control.allowed:
+                uid = link.peer.uid
+                link.close()
+                raise LocalError(f"the process at {control.path} belongs to uid {uid}; ask as that user")
+            return link
+        if time.monotonic() > deadline:
+            raise TimedOut(f"somebody holds {control.lock_path}, but nobody listens at {control.path}")
+        time.sleep(0.02)
+
+
+def _next(link: Link, deadline: float) -> Frame | None:
+    """The next frame, or None at the end of the link."""
+    poll = select.poll()
+    poll.register(link.fileno(), select.POLLIN)
+    while not link.lost:
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise TimedOut(f"pid {link.peer.pid} does not answer; is it stopped?")
+        for frame in link.receive():
+            return frame
+    return None
+
+
+def _ask(path: str, kind: Type, time_limit: float) -> tuple[Link, Frame]:
+    """Sends one request and returns the link with the answer; asks the next owner if this one is just handing over."""
+    control = ControlPath(path)
+    deadline = time.monotonic() + time_limit
+    while True:
+        link = _connect(control, deadline)
+        try:
+            greeting = _next(link, deadline)
+            if greeting is not None:
+                close_all(greeting.descriptors)
+                if greeting.type is not Type.HELLO:
+                    raise RemoteProtocolError(f"pid {link.peer.pid} began with {greeting.type.name}")
+                link.send(kind)
+                answer = _next(link, deadline)
+                if answer is not None:
+                    return link, answer
+        except BaseException:
+            link.close()
+            raise
+        link.close()
+        if time.monotonic() > deadline:
+            raise PeerLost(f"whoever listens at {control.path} hangs up without an answer")
+
+
+def status(path: str, *, time_limit: float = TIME_LIMIT) -> dict[str, Any]:
+    """What the owner says of itself: see docs/protocol.md, REPORT. Raises NotRunning, TimedOut or other TakeoverErrors."""
+    link, answer = _ask(path, Type.STATUS, time_limit)
+    link.close()
+    if answer.type is not Type.REPORT:
+        raise RemoteProtocolError(f"pid {link.peer.pid} answered STATUS with {answer.type.name}")
+    return dict(answer.body)
+
+
+def stop(path: str, *, time_limit: float | None = None) -> int:
+    """Asks the owner to stop, waits until it has ended, and returns its pid. By default its drain time and 5 s more.
+
+    Raises NotRunning, TimedOut or other TakeoverErrors.
+    """
+    link, answer = _ask(path, Type.STOP, TIME_LIMIT)
+    try:
+        if answer.type is not Type.STOPPING:
+            raise RemoteProtocolError(f"pid {link.peer.pid} answered STOP with {answer.type.name}")
+        limit = answer.body["deadline"] + TIME_LIMIT if time_limit is None else time_limit
+        deadline = time.monotonic() + limit
+        try:
+            while _next(link, deadline) is not None:
+                pass
+        except TimedOut:
+            raise TimedOut(f"pid {link.peer.pid} has not ended within {limit:g} s") from None
+        return link.peer.pid
+    finally:
+        link.close()

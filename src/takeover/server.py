@@ -1,0 +1,223 @@
+"""serve(): the native loop and a takeover's part in one call."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from . import listeners
+from ._backend import backend
+from ._backend import loop as native
+from .controller import Server
+from .errors import Aborted, Interrupted, ListenError
+from .exchange import logger
+from .service import Report, Service, join
+
+if TYPE_CHECKING:
+    import asyncio
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+GUARD = b"\0" * 8 + (1000).to_bytes(8, "little")
+"""A struct timeval of one millisecond. As SO_RCVTIMEO of a listener it bounds accept(2) even where another process, which
+shares the listener, has made it blocking: O_NONBLOCK belongs to the open file, not to the descriptor."""
+
+
+class NativeServer(Server):
+    """The native loop as a takeover sees it. The methods of Server hop from the control thread to the loop's."""
+
+    def __init__(self, drain_timeout: float) -> None:
+        self.loop = native.Loop()
+        self.drain_timeout = drain_timeout
+        self.listeners: dict[str, Any] = {}
+        self.aborted = 0
+        self.failure: Aborted | None = None
+        self._kept: frozenset[str] = frozenset()
+        self._ending = False
+
+    def start_accepting(self) -> None:
+        self.loop.call_soon_threadsafe(self._start)
+
+    def stop_accepting(self, kept: frozenset[str]) -> None:
+        self._kept = kept
+        self.loop.call_soon_threadsafe(self._stop)
+
+    def drain(self) -> None:
+        self.loop.call_soon_threadsafe(self.end)
+
+    def undone(self, reason: str) -> None:
+        self.failure = Aborted(f"the takeover was undone: {reason or 'the incumbent took the service back'}")
+        self.loop.call_soon_threadsafe(self.end)
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.end)
+
+    def connections(self) -> int:
+        return int(self.loop.connections)
+
+    def end(self) -> None:
+        """Stops accepting and serves what is left, to its end or to the deadline; then the loop stops."""
+        if self._ending:
+            return
+        self._ending = True
+        for name, listener in self.listeners.items():
+            if name in self._kept:
+                listeners.refuse_new(listener.socket)
+                self.loop.call_later(0.2, self._retire, name, listener.accepted)
+            else:
+                listener.stop()
+                listener.socket.close()
+        self._close_when_empty()
+        self.loop.call_later(self.drain_timeout, self._deadline)
+
+    def _start(self) -> None:
+        if not self._ending:
+            self._kept = frozenset()
+            for listener in self.listeners.values():
+                listener.start()
+
+    def _stop(self) -> None:
+        for name, listener in self.listeners.items():
+            if name not in self._kept:
+                listener.stop()
+
+    def _retire(self, name: str, accepted: int) -> None:
+        """Closes a listener that the successor has no use for, once nobody has come out of its queue for a while."""
+        listener = self.listeners[name]
+        if listener.accepted != accepted:
+            self.loop.call_later(0.2, self._retire, name, listener.accepted)
+            return
+        listener.stop()
+        listener.socket.close()
+        self._kept -= {name}
+        self._close_when_empty()
+
+    def _close_when_empty(self) -> None:
+        if not self._kept:
+            self.loop.when_empty(self.loop.stop)
+
+    def _deadline(self) -> None:
+        self.aborted = self.loop.abort_connections()
+        logger.warning("drain deadline of %g s: closed %d connections", self.drain_timeout, self.aborted)
+        self.loop.stop()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Until the loop has the signals: SIGTERM and SIGINT raise Interrupted, which undoes what has been done."""
+
+    def interrupt(signum: int, _frame: FrameType | None) -> None:
+        raise Interrupted(f"{signal.Signals(signum).name} before the service was ready")
+
+    previous = [signal.signal(signum, interrupt) for signum in SIGNALS]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(SIGNALS, previous, strict=True):
+            signal.signal(signum, handler)
+
+
+def serve(
+    handler: Callable[[], asyncio.Protocol] | Any,
+    listen: Sequence[str] = ("tcp://127.0.0.1:9999",),
+    control: str = "./takeover.sock",
+    *,
+    service: str = "",
+    strict: bool = False,
+    dry_run: bool = False,
+    probation: float = 1.0,
+    drain_timeout: float = 30.0,
+    max_generations: int = 8,
+    allow_uids: Collection[int] = (),
+    started: Callable[[Report], object] | None = None,
+) -> None:
+    """Serves connections on the native loop until a successor has taken over and the rest has drained, or until stopped.
+
+    handler: an asyncio protocol factory, or a compiled handler like ECHO. listen: URLs. `started` is called when this process
+    owns the service (or, with dry_run, would). The other arguments are those of join(). Call it in the main thread: it
+    handles SIGTERM and SIGINT (stop accepting, drain to the deadline; the second one ends at once). A callback of SIGHUP
+    and the like is the caller's.
+
+    Raises what join(), Service.listen() and Service.ready() raise, and Aborted when the incumbent took the service back
+    in the probation.
+    """
+    server = NativeServer(drain_timeout)
+    try:
+        with _interruptible():
+            with join(
+                control,
+                server=server,
+                service=service,
+                strict=strict,
+                dry_run=dry_run,
+                probation=probation,
+                drain_timeout=drain_timeout,
+                max_generations=max_generations,
+                allow_uids=allow_uids,
+            ) as member:
+                _listen(server, member, handler, listen)
+                report = member.ready()
+                _tell(report, member, listen, dry_run=dry_run)
+                if started is not None:
+                    started(report)
+                if dry_run:
+                    return
+                _run(server, member)
+    finally:
+        server.loop.close()
+    if server.failure is not None:
+        raise server.failure
+
+
+def _listen(server: NativeServer, member: Service, handler: Any, urls: Sequence[str]) -> None:
+    for url in urls:
+        for sock in member.listen_all(url):
+            if sock.type != socket.SOCK_STREAM:
+                raise ListenError(f"listen {url}: the native loop serves stream sockets only")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, GUARD)
+            name = member.name_of(sock)
+            server.listeners[name] = server.loop.listen(sock, handler, accepting=False)
+
+
+def _run(server: NativeServer, member: Service) -> None:
+    def leave(signum: int) -> None:
+        logger.info("%s: draining %d connections", signal.Signals(signum).name, server.connections())
+        for each in SIGNALS:
+            server.loop.add_signal_handler(each, server.loop.stop)
+        member.leave()
+        server.end()
+
+    for signum in SIGNALS:
+        server.loop.add_signal_handler(signum, leave, signum)
+    server.loop.call_soon(server.start_accepting)
+    server.loop.run()
+    member.leave()
+    logger.info("ended; %d connections were closed at the deadline", server.aborted)
+
+
+def _tell(report: Report, member: Service, urls: Sequence[str], *, dry_run: bool) -> None:
+    """What the operator reads: which generation this is, and what became of the listeners."""
+    where = ", ".join(urls)
+    if dry_run:
+        whom = f"from pid {report.incumbent}" if report.incumbent else "cold: nothing is running here"
+        logger.info("dry run: a takeover of %s would have worked (%s)", where, whom)
+        return
+    if report.generation == 1:
+        logger.info("serving %s (generation 1, %s)", where, backend)
+        return
+    logger.info(
+        "took over %d listeners from pid %d (generation %d, %s) in %.0f ms",
+        len(report.adopted),
+        report.incumbent,
+        report.generation,
+        backend,
+        report.milliseconds,
+    )
+    if report.bound:
+        logger.warning("bound anew, not adopted: %s", ", ".join(report.bound))
+    if report.unused:
+        logger.warning("not used by this version, drained by pid %d: %s", report.incumbent, ", ".join(report.unused))

@@ -1,0 +1,382 @@
+"""join(): any server's part in a takeover. It asks for listeners, says when it is ready, and learns when it is over."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Collection
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from . import listeners
+from .control import ControlPath, identity, remove_own
+from .controller import Controller, Held, Server
+from .errors import (
+    AddressError,
+    ControlPathError,
+    Interrupted,
+    LocalError,
+    LocalProtocolError,
+    PeerLost,
+    TimedOut,
+)
+from .exchange import logger
+from .link import Link, close_all
+from .protocol import Limits, Local
+from .successor import Inherited, Successor
+from .wire import LEGACY_BYTE, MAGIC
+
+ATTEMPTS = 5
+"""How often a successor begins anew because the incumbent died before it had handed everything over."""
+
+
+class Report(NamedTuple):
+    """What became of the listeners: `adopted` from the incumbent, `bound` anew, `unused` by this version; by name.
+
+    `incumbent` is the pid that was taken over from (0 at a cold start), `milliseconds` run from READY to the commit.
+    """
+
+    generation: int
+    incumbent: int
+    adopted: tuple[str, ...]
+    bound: tuple[str, ...]
+    unused: tuple[str, ...]
+    milliseconds: float
+
+
+class Service:
+    """A place in a line of generations, from the request for the listeners to the end of the process.
+
+    The sockets that it returns are the caller's to accept on and to close; the control socket, the lock and the links are
+    its own. It may be used from any thread, and closes itself at the end of a `with` block.
+    """
+
+    def __init__(
+        self,
+        control: str,
+        server: Server,
+        limits: Limits,
+        *,
+        service: str,
+        strict: bool,
+        dry_run: bool,
+        probation: float,
+        drain_timeout: float,
+        max_generations: int,
+        allow_uids: Collection[int],
+    ) -> None:
+        self._control = ControlPath(control, allow_uids)
+        self._limits = limits
+        self._strict = strict
+        self._dry_run = dry_run
+        self._successor: Successor | None = None
+        self._inherited: list[Inherited] = []
+        self._from_original = False
+        self._asked: set[Any] = set()
+        self._bound: list[Held] = []
+        self._adopted: list[Held] = []
+        self._backlogs: dict[str, int] = {}
+        self._is_ready = False
+        self._lock = -1
+        self._controller = Controller(
+            self._control,
+            server,
+            limits,
+            service=service,
+            probation=probation,
+            drain_timeout=drain_timeout,
+            max_generations=max_generations,
+        )
+        self._controller.start()
+        try:
+            self._join()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def generation(self) -> int:
+        """1 for a cold start, plus one at each takeover; settled by ready()."""
+        return self._controller.generation
+
+    @property
+    def state(self) -> str:
+        """The word that `takeover status` shows for this process."""
+        return self._controller.state
+
+    def listen(self, url: str, *, name: str | None = None, backlog: int = listeners.BACKLOG) -> socket.socket:
+        """The one socket of an address: adopted from the incumbent if it has it, else bound anew.
+
+        It is non-blocking and must stay so until ready() has returned: the incumbent shares it. A stream socket that was
+        bound anew listens from ready() on. It is the caller's; closing it gives the address up. Raises AddressError for
+        an address that is wrong, was asked for before or stands for several sockets, ListenError if it cannot be bound.
+        """
+        socks = self.listen_all(url, name=name, backlog=backlog)
+        if len(socks) != 1:
+            raise AddressError(f"{url} stands for {len(socks)} sockets; use listen_all(), or write an IP address")
+        return socks[0]
+
+    def listen_all(self, url: str, *, name: str | None = None, backlog: int = listeners.BACKLOG) -> list[socket.socket]:
+        """All sockets of an address: each member of an SO_REUSEPORT group, each family of a name. As listen() otherwise.
+
+        A group is adopted whole, also when the incumbent's is larger than was asked for: closing one member would
+        reset what waits in its queue.
+        """
+        if self._is_ready:
+            raise LocalProtocolError("listen() after ready(): the service has been committed with its listeners")
+        socks = []
+        for address in listeners.resolve(url):
+            key = (address.family, address.type, address.address)
+            if key in self._asked and not address.any_port:
+                raise AddressError(f"{url}: this address was asked for already")
+            self._asked.add(key)
+            adopted = [kept for kept in self._inherited if address.is_that_of(kept.descriptor, kept.url)]
+            for kept in adopted:
+                self._inherited.remove(kept)
+                sock = socket.socket(fileno=kept.descriptor)
+                sock.setblocking(False)
+                own = kept.identity if sock.family == socket.AF_UNIX else None
+                socks.append(self._hold(self._adopted, sock, name, url, own, backlog))
+            for _ in range(max(1, address.members) - len(adopted)):
+                sock = listeners.bind(address)
+                own = identity(address.address) if sock.family == socket.AF_UNIX else None
+                socks.append(self._hold(self._bound, sock, name, url, own, backlog))
+        return socks
+
+    def _hold(
+        self,
+        where: list[Held],
+        sock: socket.socket,
+        name: str | None,
+        url: str,
+        own: tuple[int, int] | None,
+        backlog: int,
+    ) -> socket.socket:
+        taken = {held.name for held in (*self._adopted, *self._bound)}
+        wanted = name or url
+        unique, count = wanted, 1
+        while unique in taken:
+            count += 1
+            unique = f"{wanted}#{count}"
+        where.append(Held(unique, url, sock, own))
+        self._backlogs[unique] = backlog
+        return sock
+
+    def name_of(self, sock: socket.socket) -> str:
+        """The name under which the report and `takeover status` show a socket that listen() returned."""
+        return next(held.name for held in (*self._adopted, *self._bound) if held.sock is sock)
+
+    def ready(self) -> Report:
+        """The commit: returns when this process owns the service and is to accept. With dry_run, returns as if it did.
+
+        Raises Aborted, TimedOut or PeerLost if the incumbent does not let go; it serves on then, and this process is to
+        end. Raises LocalError for a listener that was not adopted where strict was asked for.
+        """
+        unused = tuple(kept.name for kept in self._inherited)
+        adopted = tuple(held.name for held in self._adopted)
+        bound = tuple(held.name for held in self._bound)
+        successor = self._successor
+        if self._strict and (unused or (bound and (successor is not None or self._from_original))):
+            raise LocalError(
+                f"strict: {len(unused)} listeners of the incumbent are not used ({', '.join(unused) or 'none'}), "
+                f"{len(bound)} would be bound anew ({', '.join(bound) or 'none'})"
+            )
+        for held in (*self._adopted, *self._bound):
+            if not self._dry_run or held in self._bound:
+                listeners.listen(held.sock, held.url, self._backlogs[held.name])
+        began = time.monotonic()
+        incumbent = 0
+        if self._dry_run:
+            self._give_up("dry run")
+            incumbent = successor.elder.pid if successor is not None else 0
+        elif successor is not None:
+            self._commit(successor, adopted, bound, unused)
+            incumbent = successor.elder.pid
+        else:
+            self._controller.ask(self._serve_cold)
+        self._is_ready = True
+        milliseconds = (time.monotonic() - began) * 1000
+        return Report(self.generation, incumbent, adopted, bound, unused, milliseconds)
+
+    def _commit(self, successor: Successor, *names: tuple[str, ...]) -> None:
+        def warm() -> None:
+            successor.ready = dict(zip(("adopted", "bound", "unused"), map(list, names), strict=True))
+            self._controller.listeners = [*self._adopted, *self._bound]
+            if not successor.finished:
+                self._controller.run_step(successor, lambda: successor.step(Local.WARM))
+
+        self._controller.ask(warm)
+        successor.committed.result()
+        self._controller.ask(lambda: self._controller.run_step(successor, self._accepting))
+
+    def _accepting(self) -> None:
+        assert self._successor is not None
+        if self._successor.machine.accepts(Local.ACCEPTING):
+            self._successor.step(Local.ACCEPTING)
+
+    def _serve_cold(self) -> None:
+        self._controller.listeners = [*self._adopted, *self._bound]
+        if self._from_original:
+            self._controller.generation = 2
+        self._controller.state = "serving"
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Blocks until the service is this process's no more: taken over, taken back, or asked to stop.
+
+        False if that did not happen within `timeout` seconds. What is left to do then is to serve what is open, and end.
+        """
+        return self._controller.over.wait(timeout)
+
+    def status(self) -> dict[str, Any]:
+        """What `takeover status --json` prints."""
+        return self._controller.ask(self._controller.status)
+
+    def leave(self) -> None:
+        """Gives the service up: the path and the lock are free for a cold start, or go on with the successor at work."""
+        self._controller.ask(self._controller.leave)
+
+    def close(self) -> None:
+        """Ends this process's part, from any state, and closes the sockets that listen() returned."""
+        if self._controller.ended.is_set():
+            return
+        self._give_up("interrupted")
+        owned = self._is_ready and self._controller.state not in ("undone", "joining")
+        self.leave()
+        self._controller.close()
+        if self._lock >= 0:
+            self._control.unlock(self._lock)
+            self._lock = -1
+        close_all([kept.descriptor for kept in self._inherited])
+        self._inherited = []
+        for held in self._bound:
+            if not owned and held.identity is not None:
+                remove_own(held.sock.getsockname(), held.identity)
+        for held in (*self._adopted, *self._bound):
+            held.sock.close()
+
+    def __enter__(self) -> Service:  # noqa: PYI034 - typing.Self needs Python 3.11
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _give_up(self, why: str) -> None:
+        successor = self._successor
+        if successor is not None and not self._is_ready and not successor.finished:
+            self._controller.ask(
+                lambda: self._controller.run_step(successor, lambda: successor.give_up(Interrupted(why)))
+            )
+
+    def _join(self) -> None:
+        if self._dry_run and not self._control.is_locked():
+            return
+        began, attempts = time.monotonic(), 0
+        while True:
+            lock = None if self._dry_run else self._control.lock()
+            self._lock = -1 if lock is None else lock
+            sock = self._control.connect()
+            try:
+                if sock is not None:
+                    self._meet(Link(sock))
+                    return
+                if lock is not None:
+                    self._start_cold()
+                    return
+            except PeerLost:
+                attempts += 1
+                if attempts == ATTEMPTS:
+                    raise
+                logger.info("the incumbent died before it had handed everything over; trying again")
+            finally:
+                if self._lock >= 0:
+                    self._control.unlock(self._lock)
+                    self._lock = -1
+            if time.monotonic() - began > self._limits.greeting:
+                raise TimedOut(f"somebody holds {self._control.lock_path}, but nobody listens at {self._control.path}")
+            self._controller.over.wait(0.02)
+
+    def _start_cold(self) -> None:
+        lock, self._lock = self._lock, -1
+        self._controller.ask(lambda: self._controller.own_cold(lock))
+
+    def _meet(self, link: Link) -> None:
+        """Asks whoever listens at the path. Nobody but the original script does so without holding the lock."""
+        if self._lock >= 0 and self._first_byte(link) == LEGACY_BYTE:
+            self._adopt_original(link)
+            return
+        successor = Successor(link, self._controller, dry_run=self._dry_run)
+        self._controller.ask(lambda: self._controller.add(successor))
+        if self._lock >= 0:
+            lock, self._lock = self._lock, -1
+            self._controller.ask(lambda: self._controller.keep_lock(lock))
+        self._successor = successor
+        successor.joined.result()
+        self._inherited = self._controller.ask(successor.take_listeners)
+
+    def _first_byte(self, link: Link) -> bytes:
+        poll = select.poll()
+        poll.register(link.fileno(), select.POLLIN)
+        poll.poll(self._limits.greeting * 1000)
+        byte = link.first_byte()
+        if byte not in (LEGACY_BYTE, bytes([MAGIC])):
+            link.close()
+            raise ControlPathError(
+                f"control path {self._control.path}: somebody listens there who does not speak takeover; choose another path"
+            )
+        return byte or b""
+
+    def _adopt_original(self, link: Link) -> None:
+        """The original script gives its listener away the moment that somebody connects, and serves on what it has."""
+        try:
+            descriptor = link.take_legacy()
+            pid = link.peer.pid
+        finally:
+            link.close()
+        os.set_blocking(descriptor, False)
+        with socket.socket(fileno=os.dup(descriptor)) as sock:
+            url = listeners.url_of(sock)
+        self._inherited = [Inherited("listener", url, url, descriptor, (0, 0))]
+        self._from_original = True
+        logger.info("took %s over from the original script (pid %d)", url, pid)
+        self._start_cold()
+
+
+def join(
+    control: str = "./takeover.sock",
+    *,
+    server: Server | None = None,
+    service: str = "",
+    strict: bool = False,
+    dry_run: bool = False,
+    probation: float = 1.0,
+    drain_timeout: float = 30.0,
+    max_generations: int = 8,
+    allow_uids: Collection[int] = (),
+    limits: Limits | None = None,
+) -> Service:
+    """Asks the owner of the control socket for the service, or starts it cold where there is none.
+
+    control: path of the control socket. server: what to call at the commit and after; without one, wait() tells.
+    service: a name that both sides must agree on. strict: ready() raises unless every listener is adopted. dry_run: go
+    through everything but the commit, and leave no trace. probation, drain_timeout: seconds. max_generations: how many
+    older processes may drain at a time. allow_uids: users other than this one and root who may take over.
+
+    Returns when the listeners have come. Raises UsageError, ControlPathError, Refused, TimedOut, PeerLost or
+    RemoteProtocolError; the incumbent, if there is one, serves on then.
+    """
+    return Service(
+        control,
+        server or Server(),
+        limits or Limits(),
+        service=service,
+        strict=strict,
+        dry_run=dry_run,
+        probation=probation,
+        drain_timeout=drain_timeout,
+        max_generations=max_generations,
+        allow_uids=allow_uids,
+    )

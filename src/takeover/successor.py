@@ -1,0 +1,262 @@
+"""The successor's side: asks for the service, keeps what it is given, commits, and watches over what still drains."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, NamedTuple
+
+from ._version import VERSION
+from .descriptors import expect
+from .errors import Aborted, LocalError, PeerLost, Refused, RemoteProtocolError, TakeoverError, TimedOut
+from .exchange import Exchange, logger
+from .link import Link, close_all
+from .protocol import COMMIT_BYTE, SETTLE_BYTE, SUCCESSOR, Do, Event, Local, State
+from .wire import VERSIONS, Body, Frame, Type
+
+if TYPE_CHECKING:
+    from .controller import Controller
+
+SPARE_DESCRIPTORS = 16
+"""How many descriptors a successor keeps for itself when it says how much room it has."""
+
+
+class Inherited(NamedTuple):
+    """A descriptor that came from the incumbent, checked against the kernel, and what was said of it."""
+
+    role: str
+    name: str
+    url: str
+    descriptor: int
+    identity: tuple[int, int]
+
+
+class Elder(NamedTuple):
+    """An older process that still drains."""
+
+    pid: int
+    generation: int
+    connections: int
+
+
+def room_for_descriptors() -> int:
+    """How many more descriptors this process may hold, less a few that it needs itself."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    try:
+        held = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        held = 64
+    return max(0, int(limit) - held - SPARE_DESCRIPTORS)
+
+
+class Successor(Exchange):
+    """Owns what was inherited until the service takes it (`take`); an exchange that fails closes what is left.
+
+    `joined` is done when everything has come, `committed` when this process owns the service or never will; both carry
+    the exception of an exchange that failed.
+    """
+
+    role = "successor"
+    other = "incumbent"
+    table = SUCCESSOR
+
+    def __init__(self, link: Link, joiner: Controller, *, dry_run: bool = False) -> None:
+        super().__init__(link, joiner.limits)
+        self.joiner = joiner
+        self.dry_run = dry_run
+        self.joined: Future[None] = Future()
+        self.committed: Future[None] = Future()
+        self.error: TakeoverError | None = None
+        self.inherited: list[Inherited] = []
+        self.elder = Elder(link.peer.pid, 0, 0)
+        self.ready: Body = {"adopted": [], "bound": [], "unused": []}
+        self._version = VERSIONS[0]
+        self._frame_now: Frame | None = None
+        self._left = -1
+        self._token = -1
+
+    @classmethod
+    def of_elder(cls, link: Link, joiner: Controller, elder: Elder) -> Successor:
+        """Watches over an older process whose link came along with the service."""
+        self = cls(link, joiner)
+        self.elder = elder
+        self.machine.state = State.OWNER
+        return self
+
+    def received(self, frame: Frame) -> Event | None:
+        self._frame_now = frame
+        if frame.type is Type.HELLO:
+            return self._greeted(frame.body)
+        if frame.type is Type.REFUSE:
+            self.error = Refused(f"pid {self.elder.pid} refused: {frame.body['reason']}", frame.body["code"])
+        elif frame.type in (Type.ABORT, Type.UNDO):
+            self.reason = frame.body["reason"]
+        return frame.type
+
+    def _greeted(self, hello: Body) -> Event:
+        peer = self.link.peer
+        self.elder = Elder(hello["pid"], hello["generation"], 0)
+        common = set(VERSIONS) & set(hello["versions"])
+        if peer.uid not in self.joiner.control.allowed:
+            self.error = LocalError(
+                f"pid {peer.pid} at {self.joiner.control.path} belongs to uid {peer.uid}, not to us"
+            )
+        elif not common:
+            self.error = RemoteProtocolError(
+                f"pid {hello['pid']} (takeover {hello['build']}) speaks protocol {hello['versions']}, "
+                f"this one {list(VERSIONS)}: upgrade in between, or stop it first"
+            )
+        else:
+            self._version = max(common)
+            return Type.HELLO
+        return Local.FAIL
+
+    def message(self, kind: Type) -> None:
+        if kind is Type.JOIN:
+            self.link.send(
+                kind,
+                {
+                    "version": self._version,
+                    "capabilities": [],
+                    "room": room_for_descriptors(),
+                    "dry_run": self.dry_run,
+                    "build": VERSION,
+                    "pid": os.getpid(),
+                    "service": self.joiner.service,
+                },
+            )
+        elif kind is Type.READY:
+            self.link.send(kind, self.ready)
+        else:
+            super().message(kind)
+            if kind is Type.TAKEN and self._left == 0:
+                self.step(Local.COMPLETE)
+
+    def perform(self, action: Do) -> Event | None:
+        if action is Do.KEEP:
+            return self._keep()
+        if action is Do.TAKE_COMMIT:
+            got = os.read(self._token, 1) == COMMIT_BYTE
+            return Local.GOT_COMMIT if got else Local.GOT_NOTHING
+        if action is Do.TAKE_SETTLE:
+            got = os.read(self._token, 1) == SETTLE_BYTE
+            return Local.GOT_SETTLE if got else Local.GOT_NOTHING
+        if action is Do.START_ACCEPTING:
+            self.joiner.own_service(self)
+        elif action is Do.STOP_ACCEPTING:
+            self.joiner.lose_service(self)
+        elif action is Do.ELDERS and self._frame_now is not None:
+            self._meet_elders(self._frame_now)
+        elif action is Do.COUNT and self._frame_now is not None:
+            self.elder = self.elder._replace(connections=self._frame_now.body["connections"])
+        return None
+
+    def _keep(self) -> Event | None:
+        assert self._frame_now is not None
+        body, descriptors = self._frame_now.body, self._frame_now.descriptors[:]
+        items = body["items"]
+        self._frame_now.descriptors.clear()
+        try:
+            if len(items) != len(descriptors):
+                raise RemoteProtocolError(f"{len(items)} items came with {len(descriptors)} descriptors")
+            for item in items:
+                self._keep_one(item, descriptors)
+            self._left = body["left"]
+            missing = {"control", "lock"} - {kept.role for kept in self.inherited}
+            if self._token < 0 or (self._left == 0 and missing):
+                raise RemoteProtocolError("the control socket, the lock or the token is not among the descriptors")
+        except RemoteProtocolError as error:
+            self.error = error
+            return Local.FAIL
+        finally:
+            close_all(descriptors)
+        return None
+
+    def _keep_one(self, item: Body, descriptors: list[int]) -> None:
+        """Checks the first descriptor that is left, and moves it into our own keeping."""
+        role, descriptor = item["role"], descriptors[0]
+        if role == "token":
+            expect(descriptor, kind="fifo")
+            close_all([self._token] if self._token >= 0 else [])
+            self._token = descriptor
+            os.set_blocking(descriptor, False)
+        elif role == "lock":
+            expect(descriptor, kind="file")
+        elif role == "control":
+            expect(descriptor, kind="socket", family=socket.AF_UNIX, type=socket.SOCK_STREAM, listening=True)
+        elif role == "listener":
+            datagram = item["url"].startswith("udp:")
+            expect(
+                descriptor,
+                kind="socket",
+                type=socket.SOCK_DGRAM if datagram else socket.SOCK_STREAM,
+                listening=not datagram,
+            )
+        else:
+            raise RemoteProtocolError(f"a descriptor has the unknown role {role!r}")
+        if role in ("control", "listener"):
+            os.set_blocking(descriptor, False)
+        if role != "token":
+            identity = (item["device"], item["inode"])
+            self.inherited.append(Inherited(role, item["name"], item["url"], descriptor, identity))
+        del descriptors[0]
+
+    def _meet_elders(self, frame: Frame) -> None:
+        self.elder = self.elder._replace(connections=frame.body["left"])
+        descriptors = frame.descriptors[:]
+        frame.descriptors.clear()
+        try:
+            for said in frame.body["elders"][: len(descriptors)]:
+                expect(descriptors[0], kind="socket", family=socket.AF_UNIX, type=socket.SOCK_STREAM, listening=False)
+                elder = Elder(said["pid"], said["generation"], said["connections"])
+                self.joiner.watch_elder(descriptors.pop(0), elder)
+        finally:
+            close_all(descriptors)
+
+    def changed(self, before: State) -> None:
+        if self.state in (State.OWNER, State.UNDONE, State.FAILED):
+            close_all([self._token] if self._token >= 0 else [])
+            self._token = -1
+        if self.state is State.WARMING and not self.joined.done():
+            self.joined.set_result(None)
+        elif self.state is State.STARTING:
+            self.committed.set_result(None)
+        elif self.state is State.OWNER:
+            self.joiner.settled(self)
+        elif self.state in (State.FAILED, State.UNDONE):
+            self._fail(before)
+
+    def _fail(self, before: State) -> None:
+        error = self.error or self._explain(before)
+        close_all([kept.descriptor for kept in self.inherited])
+        self.inherited = []
+        for future in (self.joined, self.committed):
+            if not future.done():
+                future.set_exception(error)
+        if self.state is State.UNDONE:
+            logger.error("the takeover was undone: %s", error)
+
+    def _explain(self, before: State) -> TakeoverError:
+        pid = self.elder.pid
+        if self.cause in (Local.SILENT, Local.OVERTIME):
+            return TimedOut(f"{self.reason} (pid {pid}); is it stopped?")
+        if self.cause is Local.LOST and before in (State.GREETING, State.JOINING):
+            return PeerLost(f"{self.reason} (pid {pid})")
+        return Aborted(f"pid {pid} serves on: {self.reason or 'it took the service back'}")
+
+    def take_listeners(self) -> list[Inherited]:
+        """Hands the inherited listeners over to the caller, who owns them from now on."""
+        taken = [kept for kept in self.inherited if kept.role == "listener"]
+        self.inherited = [kept for kept in self.inherited if kept.role != "listener"]
+        return taken
+
+    def give_up(self, error: TakeoverError) -> None:
+        """Ends the exchange from this side, if it has not been decided yet."""
+        self.error, self.reason = error, str(error)
+        if self.machine.accepts(Local.FAIL):
+            self.step(Local.FAIL)
+        elif self.machine.accepts(Local.LEAVING):
+            self.error = None
+            self.step(Local.LEAVING)
