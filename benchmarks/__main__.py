@@ -52,7 +52,7 @@ def _measure(options: argparse.Namespace, console: Console) -> results.Document:
     seconds = options.seconds or (0.3 if options.quick else 0.7)
     raise_descriptor_limit()
     build.compiler()
-    with console.status("starting") as status:
+    with console.status("starting", refresh_per_second=1) as status:
         plan = Plan(document, options.quick, rounds, seconds, 0.1, tuple(options.only), status.update)
         for case in options.cases or CASES:
             if case == "soak":
@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
     if options.plots and not importlib.util.find_spec("matplotlib"):
         parser.error("--plots needs matplotlib, which is not installed")
     if options.cases[:1] == ["report"]:

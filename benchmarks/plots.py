@@ -101,6 +101,7 @@ def _restarts(document: Document, figure: Any) -> bool:
     left.set_title("clients lost", fontsize=10)
     if max(lost) > 100:
         left.set_xscale("symlog")
+        left.xaxis.set_major_formatter("{x:g}")
     _bars(
         right,
         names,
@@ -109,6 +110,8 @@ def _restarts(document: Document, figure: Any) -> bool:
         [_colour(name) for name in names],
     )
     right.set_xscale("log")
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("")
     right.set_title("longest time in which nobody was served", fontsize=10)
     right.set_yticklabels([])
     figure.suptitle(f"{rows[0].median('restarts'):.0f} restarts under a steady stream of new clients")

@@ -87,16 +87,29 @@ def _memory(document: Document) -> Table:
     return table
 
 
+def _beside(value: float | None, usual: float | None) -> str:
+    return f"{_number(value)} ({_number(usual)})"
+
+
 def _restarts(document: Document, case: str) -> Table:
-    columns = ["", "restarts", "clients", "lost", "how", "slowest connect, ms", "without", "longest gap, ms", "without"]
-    columns += ["load's own stall, ms", "restart takes, ms"]
+    columns = [
+        "",
+        "restarts",
+        "clients",
+        "lost",
+        "how",
+        "slowest connect, ms",
+        "longest gap, ms",
+        "own stall, ms",
+        "restart takes, ms",
+    ]
     caption = (
-        "gap: the longest time around a restart in which no client was served; without: the same server, no restart; "
-        "own stall: the longest time for which the load generator itself did not run, so that gaps up to it prove nothing"
+        "in brackets: the same server without a restart; gap: the longest time around a restart in which no client was served; "
+        "own stall: the longest time for which the load generator itself did not run, so that a gap up to it proves nothing"
     )
     table = _table(f"{case.capitalize()} under a steady stream of new clients", columns, caption)
     for row in (row for row in document.rows if row.case == case and row.cell == RESTARTS):
-        quiet = document.find(case, NO_RESTART, row.subject)
+        quiet = document.find(case, NO_RESTART, row.subject) or row
         how = ", ".join(f"{count} {kind}" for kind, count in row.facts["failures"].items())
         table.add_row(
             row.subject,
@@ -104,11 +117,9 @@ def _restarts(document: Document, case: str) -> Table:
             _number(row.median("clients"), 0),
             _number(row.median("lost"), 0),
             how or "–",
-            _number(row.median("connect_max_ms")),
-            _number(quiet.median("connect_max_ms") if quiet else None),
-            _number(row.median("gap_max_ms")),
-            _number(quiet.median("gap_max_ms") if quiet else None),
-            _number(row.median("own_stall_ms")),
+            _beside(row.median("connect_max_ms"), quiet.median("connect_max_ms")),
+            _beside(row.median("gap_max_ms"), quiet.median("gap_max_ms")),
+            _beside(row.median("own_stall_ms"), quiet.median("own_stall_ms")),
             _number(row.median("restart_ms"), 0),
         )
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -158,52 +159,64 @@ class ReusePort(StopThenStart):
         self.wait_gone(old)
 
 
-class Nginx(Rival):
-    http = True
+class Mastered(Rival):
+    """A master with one worker, found by its pid file."""
 
-    def missing(self) -> str | None:
-        return None if shutil.which("nginx") else "nginx is not installed"
+    http = True
 
     def pid(self) -> int:
         try:
-            return int((self.folder / "nginx.pid").read_text() or 0)
+            return int((self.folder / "pid").read_text() or 0)
         except (FileNotFoundError, ValueError):
             return 0
 
-    def start(self) -> None:
-        folder = self.folder
-        paths = "".join(
-            f"{kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
-        (folder / "nginx.conf").write_text(
-            f"daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;\n"
-            "events { worker_connections 8192; }\n"
-            f"http {{ access_log off; {paths}"
-            f"server {{ listen 127.0.0.1:{self.port} backlog=4096; location / {{ return 200 '{'x' * 64}'; }} }} }}\n"
-        )
-        self.spawn(["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")])
+    def wait_started(self) -> None:
         wait_until(lambda: self.pid() and children(self.pid()) and self.accepts(), f"{self.name} to listen")
+
+    def replace_worker(self) -> None:
+        master = self.pid()
+        old = children(master)
+        os.kill(master, signal.SIGHUP)
+        wait_until(lambda: children(master) and not children(master) & old, f"{self.name}: a new worker")
 
     def stop(self) -> None:
         pid = self.pid()
         if pid and is_alive(pid):
             os.kill(pid, signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
-                wait_until(lambda: not is_alive(pid), "nginx to end", 5)
+                wait_until(lambda: not is_alive(pid), f"{self.name} to end", 5)
         super().stop()
 
 
-class NginxHup(Nginx):
+class NginxHup(Mastered):
+    """In the background, since nginx ignores USR2 with `daemon off`."""
+
     name = "nginx, HUP"
 
+    def missing(self) -> str | None:
+        return None if shutil.which("nginx") else "nginx is not installed"
+
+    def start(self) -> None:
+        folder = self.folder
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
+        (folder / "nginx.conf").write_text(
+            f"worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;\n"
+            "events { worker_connections 8192; }\n"
+            f"http {{ access_log off; {paths}"
+            f"server {{ listen 127.0.0.1:{self.port} backlog=4096; location / {{ return 200 '{'x' * 64}'; }} }} }}\n"
+        )
+        program = shutil.which("nginx") or "nginx"
+        options = {"-p": folder, "-c": folder / "nginx.conf", "-e": folder / "error.log"}
+        launcher = self.spawn([program, *(str(word) for option in options.items() for word in option)])
+        self.wait_gone(launcher)
+        self.wait_started()
+
     def restart(self) -> None:
-        master = self.pid()
-        old = children(master)
-        os.kill(master, signal.SIGHUP)
-        wait_until(lambda: children(master) and not children(master) & old, f"{self.name}: a new worker")
+        self.replace_worker()
 
 
-class NginxUsr2(Nginx):
+class NginxUsr2(NginxHup):
     name = "nginx, USR2"
 
     def restart(self) -> None:
@@ -211,8 +224,6 @@ class NginxUsr2(Nginx):
         os.kill(master, signal.SIGUSR2)
         wait_until(lambda: self.pid() not in (0, master) and children(self.pid()), f"{self.name}: a new master")
         os.kill(master, signal.SIGQUIT)
-        for process in [p for p in self.spawned if p.pid == master]:
-            self.wait_gone(process)
         wait_until(lambda: not is_alive(master), f"{self.name}: the old master to end")
 
 
@@ -249,46 +260,23 @@ class HaproxyOverSocket(Haproxy):
     over_socket = True
 
 
-class Gunicorn(Rival):
-    http = True
+class GunicornHup(Mastered):
+    name = "gunicorn, HUP"
     rate = 700
 
     def missing(self) -> str | None:
-        import importlib.util
-
         return None if importlib.util.find_spec("gunicorn") else "gunicorn is not installed"
-
-    def pid(self) -> int:
-        try:
-            return int((self.folder / "pid").read_text() or 0)
-        except (FileNotFoundError, ValueError):
-            return 0
 
     def start(self) -> None:
         options = ["-w", "1", "--backlog", "4096", "-b", f"127.0.0.1:{self.port}", "-p", str(self.folder / "pid")]
         self.spawn([PYTHON, "-m", "gunicorn", *options, "--log-level", "error", "benchmarks.servers.wsgi:application"])
-        wait_until(lambda: self.pid() and children(self.pid()) and self.accepts(), f"{self.name} to listen")
-
-    def stop(self) -> None:
-        pid = self.pid()
-        if pid and is_alive(pid):
-            os.kill(pid, signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
-                wait_until(lambda: not is_alive(pid), "gunicorn to end", 5)
-        super().stop()
-
-
-class GunicornHup(Gunicorn):
-    name = "gunicorn, HUP"
+        self.wait_started()
 
     def restart(self) -> None:
-        master = self.pid()
-        old = children(master)
-        os.kill(master, signal.SIGHUP)
-        wait_until(lambda: children(master) and not children(master) & old, f"{self.name}: a new worker")
+        self.replace_worker()
 
 
-class GunicornUsr2(Gunicorn):
+class GunicornUsr2(GunicornHup):
     name = "gunicorn, USR2"
 
     def restart(self) -> None:
@@ -296,7 +284,7 @@ class GunicornUsr2(Gunicorn):
         os.kill(master, signal.SIGUSR2)
         wait_until(lambda: fresh.exists() and children(int(fresh.read_text() or 0)), f"{self.name}: a new master")
         os.kill(master, signal.SIGTERM)
-        for process in [p for p in self.spawned if p.pid == master]:
+        for process in [process for process in self.spawned if process.pid == master]:
             self.wait_gone(process)
         wait_until(lambda: not is_alive(master), f"{self.name}: the old master to end")
         wait_until(lambda: self.pid() not in (0, master), f"{self.name}: the new master to take the pid file")
