@@ -1,0 +1,132 @@
+"""The benchmarks' harness: it compiles, it measures, and its load generator notices each kind of loss."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("cc"), reason="the benchmarks need a C compiler"),
+    pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the benchmarks are not beside the tests"),
+]
+
+
+def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Compiles c/NAME.c and gives its path."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.build import program
+
+    return program
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as sock:
+        yield sock
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def serve(listener: socket.socket, handle: Callable[[socket.socket], object]) -> None:
+    """Hand each connection to `handle` in a thread that ends when the listener is shut down."""
+
+    def run() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                handle(connection)
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def arrivals(path: str, port: int) -> dict[str, Any]:
+    """What some thirty new clients see at a port."""
+    arguments = ["--port", str(port), "--rate", "100", "--seconds", "0.3"]
+    with subprocess.Popen([path, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        seen: dict[str, Any] = json.loads(process.stdout.read())
+    assert seen["clients"] > 5
+    return seen
+
+
+def test_a_small_run_measures_a_rival_beside_the_reference(tmp_path: pathlib.Path) -> None:
+    document = tmp_path / "quick.json"
+    only = ["--rounds", "1", "--seconds", "0.05", "--only", "select.epoll"]
+    arguments = ["echo", "memory", "passing", "--quick", *only, "--json", str(document)]
+    done = benchmarks(*arguments)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(document.read_text())["rows"]
+    echo = [row for row in rows if row["case"] == "echo"]
+    assert {row["subject"] for row in echo} == {"C reference", "select.epoll"}
+    for row in echo:
+        assert 50 < row["samples"]["cpu_ns"][0] < 1e6, row
+        assert row["samples"]["rate"][0] > 100, row
+        assert row["samples"]["p50_us"][0] <= row["samples"]["p99_us"][0], row
+    reference, plain = (row["samples"]["bytes"][0] for row in rows if row["case"] == "memory")
+    assert reference < 64 and 50 < plain < 5000
+    again = benchmarks("report", str(document))
+    assert again.returncode == 0, again.stderr
+    assert "select.epoll" in again.stdout and "64 B × 100" in again.stdout
+
+
+def test_an_unknown_case_is_wrong_usage() -> None:
+    done = benchmarks("no-such-case")
+    assert done.returncode == 2
+    assert "no-such-case" in done.stderr
+
+
+def test_clients_of_an_honest_echo_are_all_served(program: Callable[[str], str], listener: socket.socket) -> None:
+    serve(listener, lambda connection: connection.sendall(connection.recv(64)))
+    seen = arrivals(program("load_arrivals"), listener.getsockname()[1])
+    assert seen["served"] == seen["clients"]
+    assert seen["failures"] == {}
+
+
+def test_wrong_bytes_are_noticed(program: Callable[[str], str], listener: socket.socket) -> None:
+    serve(listener, lambda connection: connection.sendall(connection.recv(64)[::-1]))
+    seen = arrivals(program("load_arrivals"), listener.getsockname()[1])
+    assert seen["failures"] == {"wrong bytes": seen["clients"]}
+
+
+def test_a_reset_is_noticed(program: Callable[[str], str], listener: socket.socket) -> None:
+    def reset(connection: socket.socket) -> None:
+        connection.recv(64)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    serve(listener, reset)
+    seen = arrivals(program("load_arrivals"), listener.getsockname()[1])
+    assert seen["failures"] == {"reset": seen["clients"]}
+
+
+def test_a_close_without_an_answer_is_noticed(program: Callable[[str], str], listener: socket.socket) -> None:
+    serve(listener, lambda connection: connection.recv(64))
+    seen = arrivals(program("load_arrivals"), listener.getsockname()[1])
+    assert seen["failures"] == {"closed early": seen["clients"]}
+
+
+def test_a_refused_connect_is_noticed(program: Callable[[str], str]) -> None:
+    with socket.socket() as bound_but_deaf:
+        bound_but_deaf.bind(("127.0.0.1", 0))
+        seen = arrivals(program("load_arrivals"), bound_but_deaf.getsockname()[1])
+    assert seen["failures"] == {"refused": seen["clients"]}
