@@ -99,6 +99,7 @@ def _restarts(document: Document, figure: Any) -> bool:
     lost = [row.median("lost") or 0 for row in rows]
     _bars(left, names, lost, "{:,.0f}".format, [BAD if count else OURS for count in lost])
     left.set_title("clients lost", fontsize=10)
+    left.set_xlim(0, 1.3 * max(1, *lost))
     if max(lost) > 100:
         left.set_xscale("symlog")
         left.xaxis.set_major_formatter("{x:g}")
@@ -110,6 +111,7 @@ def _restarts(document: Document, figure: Any) -> bool:
         [_colour(name) for name in names],
     )
     right.set_xscale("log")
+    right.set_xlim(left=0.1)
     right.xaxis.set_major_formatter("{x:g}")
     right.xaxis.set_minor_formatter("")
     right.set_title("longest time in which nobody was served", fontsize=10)
