@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -9,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from . import query
 from ._backend import backend
@@ -22,6 +25,9 @@ from ._version import VERSION
 from .echo import CONTROL, LISTEN
 from .echo import echo as run_echo
 from .errors import TakeoverError
+
+if TYPE_CHECKING:
+    from .demo import Demo, Tally
 
 CONTROL_OPTION = click.option(
     "--control",
@@ -156,6 +162,68 @@ def echo(listen: tuple[str, ...], no_live: bool, verbose: bool, **options: Any) 
     del no_live
     log_to_standard_error(logging.DEBUG if verbose else logging.INFO)
     run_echo(listen=listen, **options)
+
+
+@main.command()
+@click.option(
+    "--clients", type=click.IntRange(1, 2000), default=100, show_default=True, help="Clients that stay and talk."
+)
+@reports_errors
+def demo(clients: int) -> None:
+    """Play the main job before your eyes: takeovers under traffic, one of them killed half-way.
+
+    Ends with what it cost the clients; the exit status is 1 if anything was lost.
+    """
+    from .demo import Demo
+
+    console = Console()
+    show = Demo(clients, lambda line: console.print(f"[bold]{line}"))
+
+    async def play() -> None:
+        with Live(console=console, get_renderable=lambda: render_demo(show), refresh_per_second=8, transient=True):
+            await show.run()
+
+    asyncio.run(play())
+    console.print(render_account(show.tally))
+    if not show.tally.clean:
+        say(f"something was lost; the first of it: {show.tally.first_failure}")
+        sys.exit(1)
+
+
+def render_demo(show: Demo) -> Table:
+    """Where the connections are, a bar for each generation, and what has failed so far."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    connections = show.status.get("connections", {"open": 0, "draining": []})
+    rows = [(elder["pid"], elder["generation"], "draining", elder["connections"]) for elder in connections["draining"]]
+    rows.append((show.status.get("pid", 0), show.status.get("generation", 1), "serving", connections["open"]))
+    for pid, generation, state, count in sorted(rows, key=lambda row: row[1]):
+        bar = ProgressBar(total=show.clients + 4, completed=count, width=40)
+        table.add_row(f"generation {generation}", f"pid {pid}", state, bar, f"{count:,} connections")
+    tally = show.tally
+    failed = tally.failed + tally.lost
+    style = "green" if not failed else "bold red"
+    table.add_row(
+        f"{tally.echoed:,} echoed", f"{tally.connects:,} connects", Text(f"{failed} failed", style=style), "", ""
+    )
+    return table
+
+
+def render_account(tally: Tally) -> Table:
+    """The end of the demo: what was done, and what it cost."""
+    table = Table(title="What the clients saw", title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for what, value in (
+        ("takeovers, and one killed half-way", f"{tally.takeovers}"),
+        ("new connects tried", f"{tally.connects:,}"),
+        ("new connects failed", f"{tally.failed:,}"),
+        ("messages echoed to clients that stayed", f"{tally.echoed:,}"),
+        ("clients that stayed and lost a message", f"{tally.lost:,}"),
+        ("slowest connect during a takeover", f"{tally.slowest[True]:.1f} ms"),
+        ("slowest connect without one", f"{tally.slowest[False]:.1f} ms"),
+    ):
+        table.add_row(what, value)
+    return table
 
 
 def render(report: dict[str, Any]) -> Table:

@@ -110,9 +110,11 @@ class ControlThread:
 
     def run_step(self, exchange: Exchange, work: Callable[[], object]) -> None:
         """Lets one exchange work; a mistake in it costs that exchange its link, not the service its control thread."""
+        if exchange not in self.exchanges or exchange.finished:
+            return
         try:
             work()
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged with its traceback, and contained
             logger.exception("the exchange with pid %d failed", exchange.link.peer.pid)
             exchange.link.close()
             if not exchange.finished and exchange.machine.accepts(Local.LOST):
@@ -147,7 +149,11 @@ class ControlThread:
             if mask & selectors.EVENT_READ:
                 exchange.readable()
 
-        if exchange in self.exchanges:
+        self._on_event(exchange, work)
+
+    def _on_event(self, exchange: Exchange, work: Callable[[], object]) -> None:
+        """An event may be stale: an earlier one of the same batch may have closed the link."""
+        if self.exchanges.get(exchange, (-1, -1))[0] >= 0:
             self.run_step(exchange, work)
 
     def _watch(self, exchange: Exchange) -> None:
@@ -163,7 +169,7 @@ class ControlThread:
             sock, pidfd = exchange.link.fileno(), exchange.link.peer.pidfd
             self.selector.register(sock, events, lambda mask: self._ready(exchange, mask))
             if pidfd is not None:
-                died = lambda _: self.run_step(exchange, exchange.died)
+                died = lambda _: self._on_event(exchange, exchange.died)
                 self.selector.register(pidfd, selectors.EVENT_READ, died)
             self.exchanges[exchange] = (sock, -1 if pidfd is None else pidfd)
         elif self.selector.get_key(sock).events != events:

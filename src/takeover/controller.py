@@ -17,6 +17,7 @@ from .control_thread import ControlThread
 from .exchange import Exchange, logger
 from .incumbent import UNDECIDED, Incumbent
 from .link import Link, close_all
+from .listeners import url_of
 from .protocol import Limits, Local, State
 from .successor import Elder, Successor
 from .wire import Type
@@ -284,7 +285,9 @@ class Controller(ControlThread):
             "backend": backend,
             "version": VERSION,
             "uptime": round(time.monotonic() - self._began, 3),
-            "listeners": [{"name": held.name, "url": held.url} for held in self.listeners],
+            "listeners": [
+                {"name": held.name, "url": held.url, "address": url_of(held.sock)} for held in self.listeners
+            ],
             "connections": {"open": self.server.connections(), "draining": draining},
             "last_takeover": self.last_takeover,
         }

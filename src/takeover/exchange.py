@@ -132,7 +132,7 @@ class Exchange:
         while not self.link.lost and not self.finished and self.link.first_byte():
             self.readable()
         self.link.lost = True
-        self.readable()
+        self._lose()
 
     def readable(self) -> None:
         """Reads what has come, and acts on it; a peer that breaks the protocol loses the link."""
@@ -147,7 +147,12 @@ class Exchange:
                         close_all(unused.descriptors)
                     raise
         except PeerError as error:
-            self._broken(error)
+            self.reason = str(error)
+            logger.warning("pid %d broke the protocol: %s", self.link.peer.pid, error)
+            self.link.lost = True
+        self._lose()
+
+    def _lose(self) -> None:
         if self.link.lost and not self.finished and self.machine.accepts(Local.LOST):
             self.step(Local.LOST)
 
@@ -162,11 +167,6 @@ class Exchange:
         event = self.received(frame)
         if event is not None:
             self.step(event)
-
-    def _broken(self, error: PeerError) -> None:
-        self.reason = str(error)
-        logger.warning("pid %d broke the protocol: %s", self.link.peer.pid, error)
-        self.link.lost = True
 
     def tick(self) -> None:
         """One heartbeat interval of this process has passed."""
