@@ -55,9 +55,12 @@ def _interleaved(
 
 
 def _echo(plan: Plan, case: str, cell: Cell) -> None:
+    """A run takes longer with many connections, so that each of them is served several times in it."""
+
     def run(pid: int, port: int) -> dict[str, Any]:
         options = ("--size", cell.size, "--connections", cell.connections, "--in-flight", cell.in_flight)
-        timing = ("--warm-up", plan.warm_up, "--seconds", plan.seconds)
+        longer = 1 + cell.connections / 3000
+        timing = ("--warm-up", plan.warm_up * longer, "--seconds", plan.seconds * longer)
         return load("load_echo", "--port", port, "--server-pid", pid, *options, *timing)
 
     subjects = []
@@ -76,8 +79,8 @@ def echo(plan: Plan) -> None:
 
 
 def stream(plan: Plan) -> None:
-    """Ten connections with 256 KiB under way on each: what the buffers do."""
-    _echo(plan, "stream", STREAM)
+    """Ten connections with 256 KiB under way on each: what the buffers do; memory is noisier than a CPU, so more rounds."""
+    _echo(plan._replace(rounds=2 * plan.rounds), "stream", STREAM)
 
 
 def accept(plan: Plan) -> None:

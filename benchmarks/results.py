@@ -15,8 +15,11 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
 import time
 from typing import Any
+
+from .processes import PYTHON, environment
 
 FORMAT = 1
 
@@ -113,11 +116,15 @@ def machine() -> dict[str, Any]:
             model = line.partition(":")[2].strip()
             break
     versions = {}
-    for package in ("takeover", "uvloop", "gevent", "gunicorn", "Cython"):
+    for package in ("uvloop", "gevent", "gunicorn", "Cython"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    command = [PYTHON, "-c", "import takeover; print(takeover.__version__, takeover.backend)"]
+    ours = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False).stdout.split()
+    if ours:
+        versions["takeover"] = f"{ours[0]} ({ours[1]})"
     return {
         "kernel": platform.release(),
         "architecture": platform.machine(),
