@@ -90,6 +90,7 @@ class ControlThread:
         for exchange in self.exchanges:
             exchange.link.before_close = None
             exchange.link.close()
+            close_all(exchange.owned())
         self.exchanges.clear()
         self.selector.close()
         close_all([self._wake_reading, self._wake_writing])

@@ -19,7 +19,7 @@ from .incumbent import UNDECIDED, Incumbent
 from .link import Link, close_all
 from .listeners import url_of
 from .protocol import Limits, Local, State
-from .successor import Elder, Successor
+from .successor import Elder, Inherited, Successor
 from .wire import Type
 
 MOST_CONNECTIONS = 256
@@ -48,6 +48,9 @@ class Server:
         """How many connections are open."""
         return 0
 
+    def after_fork(self) -> None:
+        """In a forked child, where this server does not run: close what only the server needs."""
+
 
 class Held(NamedTuple):
     """A listener of the service; the socket is the server's too."""
@@ -62,7 +65,7 @@ class Controller(ControlThread):
     """Owns the control socket and the lock from the moment at which the service is its own until it is handed over.
 
     `state` is one of the words that status shows: joining, warming, serving, probation, draining, stopped, undone.
-    `over` is set when the service is this process's no more, or is to end.
+    `unclaimed` are the inherited listeners that nobody has asked for yet. `over` is set when the service is this process's no more, or is to end.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Controller(ControlThread):
         self.generation = 1
         self.state = "joining"
         self.listeners: list[Held] = []
+        self.unclaimed: list[Inherited] = []
         self.over = threading.Event()
         self.last_takeover: dict[str, Any] | None = None
         self._began = time.monotonic()
@@ -112,8 +116,10 @@ class Controller(ControlThread):
         self.answer()
 
     def settled(self, successor: Successor) -> None:
-        """The takeover is final, on this side."""
+        """The takeover is final, on this side; what this version has no use for is drained by the incumbent."""
         self.state = "serving"
+        close_all([kept.descriptor for kept in self.unclaimed])
+        self.unclaimed.clear()
         self._note(successor, "committed")
 
     def lose_service(self, successor: Successor) -> None:
@@ -215,8 +221,11 @@ class Controller(ControlThread):
             self.server.start_accepting()
 
     def release_service(self, incumbent: Incumbent) -> None:
-        """The service belongs to the successor for good: what is left here drains."""
+        """The service belongs to the successor for good: what is left here drains, the listeners it has no use for too."""
         self.state = "draining"
+        for held in self.listeners:
+            if held.name in incumbent.ready.get("unused", ()) and held.identity is not None:
+                remove_own(held.sock.getsockname(), held.identity)
         self._let_go()
         self.over.set()
         self.server.drain()
@@ -246,6 +255,7 @@ class Controller(ControlThread):
     def stop_requested(self, pid: int) -> None:
         """Somebody asked for the end of the service over the control socket."""
         logger.info("pid %d asks to stop", pid)
+        self.post(self.leave)
         self.over.set()
         self.server.stop()
 
@@ -271,7 +281,8 @@ class Controller(ControlThread):
         super().close_after_fork()
         if self._listening is not None:
             self._listening.close()
-        close_all([self._lock] if self._lock >= 0 else [])
+        close_all([self._lock, *(kept.descriptor for kept in self.unclaimed)])
+        self.unclaimed.clear()
         self._listening, self._lock = None, -1
 
     def status(self) -> dict[str, Any]:
@@ -323,9 +334,8 @@ class Controller(ControlThread):
                 self.selector.unregister(self._listening)
             self._listening.close()
             self._listening = None
-        if self._lock >= 0:
-            close_all([self._lock])
-            self._lock = -1
+        close_all([self._lock])
+        self._lock = -1
 
     def _note(self, exchange: Exchange, outcome: str) -> None:
         self.last_takeover = {
@@ -344,6 +354,7 @@ _controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
 def _after_fork() -> None:
     for controller in list(_controllers):
         controller.close_after_fork()
+        controller.server.after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

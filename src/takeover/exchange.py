@@ -60,6 +60,10 @@ class Exchange:
         """Whether time means anything in the present state."""
         return self.machine.state not in IDLE
 
+    def owned(self) -> list[int]:
+        """The descriptors that the role owns besides its link, for a forked child to close."""
+        return []
+
     def perform(self, action: Do) -> Event | None:
         """Does what a step asks for; may return the event that comes of it."""
         raise LocalError(f"{self.role} cannot {action.value}")

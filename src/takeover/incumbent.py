@@ -46,6 +46,9 @@ class Incumbent(Exchange):
             },
         )
 
+    def owned(self) -> list[int]:
+        return [self._token]
+
     def received(self, frame: Frame) -> Event | None:
         if frame.type is Type.JOIN:
             refusal = self._refuse(frame.body)
@@ -55,6 +58,11 @@ class Incumbent(Exchange):
                 return Local.DENIED
             self.dry_run = frame.body["dry_run"]
             logger.info("pid %d asks for the service%s", self.link.peer.pid, " (dry run)" if self.dry_run else "")
+        elif frame.type is Type.STOP:
+            busy = self.owner.busy_with(self)
+            if busy is not None:
+                self._refusal = ("busy", busy)
+                return Local.DENIED
         elif frame.type is Type.READY:
             self.ready = frame.body
         elif frame.type is Type.ABORT:

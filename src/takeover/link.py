@@ -18,8 +18,10 @@ FRAMES_AT_ONCE = 32
 
 
 def close_all(descriptors: Sequence[int]) -> None:
-    """Closes descriptors that nobody is going to use."""
+    """Closes descriptors that nobody is going to use; negative ones stand for none."""
     for descriptor in descriptors:
+        if descriptor < 0:
+            continue
         with contextlib.suppress(OSError):
             os.close(descriptor)
 

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from .control import ControlPath
-from .errors import LocalError, NotRunning, PeerLost, RemoteProtocolError, TimedOut
+from .errors import LocalError, NotRunning, PeerLost, Refused, RemoteProtocolError, TimedOut
 from .link import Link, close_all
 from .wire import Frame, Type
 
@@ -81,10 +81,19 @@ def status(path: str, *, time_limit: float = TIME_LIMIT) -> dict[str, Any]:
 def stop(path: str, *, time_limit: float | None = None) -> int:
     """Asks the owner to stop, waits until it has ended, and returns its pid. By default its drain time and 5 s more.
 
-    Raises NotRunning, TimedOut or other TakeoverErrors.
+    One that is just being taken over refuses; it is asked again for a while. Raises NotRunning, TimedOut or other
+    TakeoverErrors.
     """
-    link, answer = _ask(path, Type.STOP, TIME_LIMIT)
+    patience = time.monotonic() + TIME_LIMIT
+    while True:
+        link, answer = _ask(path, Type.STOP, TIME_LIMIT)
+        if answer.type is not Type.REFUSE or time.monotonic() > patience:
+            break
+        link.close()
+        time.sleep(0.1)
     try:
+        if answer.type is Type.REFUSE:
+            raise Refused(answer.body["reason"], answer.body["code"])
         if answer.type is not Type.STOPPING:
             raise RemoteProtocolError(f"pid {link.peer.pid} answered STOP with {answer.type.name}")
         limit = answer.body["deadline"] + TIME_LIMIT if time_limit is None else time_limit

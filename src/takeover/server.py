@@ -59,6 +59,10 @@ class NativeServer(Server):
     def connections(self) -> int:
         return int(self.loop.connections)
 
+    def after_fork(self) -> None:
+        for listener in self.listeners.values():
+            listener.socket.close()
+
     def end(self) -> None:
         """Stops accepting and serves what is left, to its end or to the deadline; then the loop stops."""
         if self._ending:

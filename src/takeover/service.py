@@ -23,7 +23,7 @@ from .errors import (
     TimedOut,
 )
 from .exchange import logger
-from .link import Link, close_all
+from .link import Link
 from .protocol import Limits, Local
 from .successor import Inherited, Successor
 from .wire import LEGACY_BYTE, MAGIC
@@ -72,7 +72,6 @@ class Service:
         self._strict = strict
         self._dry_run = dry_run
         self._successor: Successor | None = None
-        self._inherited: list[Inherited] = []
         self._from_original = False
         self._asked: set[Any] = set()
         self._bound: list[Held] = []
@@ -132,9 +131,9 @@ class Service:
             if key in self._asked and not address.any_port:
                 raise AddressError(f"{url}: this address was asked for already")
             self._asked.add(key)
-            adopted = [kept for kept in self._inherited if address.is_that_of(kept.descriptor, kept.url)]
+            adopted = [kept for kept in self._controller.unclaimed if address.is_that_of(kept.descriptor, kept.url)]
             for kept in adopted:
-                self._inherited.remove(kept)
+                self._controller.unclaimed.remove(kept)
                 sock = socket.socket(fileno=kept.descriptor)
                 sock.setblocking(False)
                 own = kept.identity if sock.family == socket.AF_UNIX else None
@@ -174,7 +173,7 @@ class Service:
         Raises Aborted, TimedOut or PeerLost if the incumbent does not let go; it serves on then, and this process is to
         end. Raises LocalError for a listener that was not adopted where strict was asked for.
         """
-        unused = tuple(kept.name for kept in self._inherited)
+        unused = tuple(kept.name for kept in self._controller.unclaimed)
         adopted = tuple(held.name for held in self._adopted)
         bound = tuple(held.name for held in self._bound)
         successor = self._successor
@@ -248,8 +247,6 @@ class Service:
         if self._lock >= 0:
             self._control.unlock(self._lock)
             self._lock = -1
-        close_all([kept.descriptor for kept in self._inherited])
-        self._inherited = []
         for held in self._bound:
             if not owned and held.identity is not None:
                 remove_own(held.sock.getsockname(), held.identity)
@@ -315,7 +312,7 @@ class Service:
             self._controller.ask(lambda: self._controller.keep_lock(lock))
         self._successor = successor
         successor.joined.result()
-        self._inherited = self._controller.ask(successor.take_listeners)
+        self._controller.unclaimed = self._controller.ask(successor.take_listeners)
 
     def _first_byte(self, link: Link) -> bytes:
         poll = select.poll()
@@ -339,7 +336,7 @@ class Service:
         os.set_blocking(descriptor, False)
         with socket.socket(fileno=os.dup(descriptor)) as sock:
             url = listeners.url_of(sock)
-        self._inherited = [Inherited("listener", url, url, descriptor, (0, 0))]
+        self._controller.unclaimed = [Inherited("listener", url, url, descriptor, (0, 0))]
         self._from_original = True
         logger.info("took %s over from the original script (pid %d)", url, pid)
         self._start_cold()

@@ -85,6 +85,9 @@ class Successor(Exchange):
         self.machine.state = State.OWNER
         return self
 
+    def owned(self) -> list[int]:
+        return [self._token, *(kept.descriptor for kept in self.inherited)]
+
     def received(self, frame: Frame) -> Event | None:
         self._frame_now = frame
         if frame.type is Type.HELLO:
@@ -179,7 +182,7 @@ class Successor(Exchange):
         role, descriptor = item["role"], descriptors[0]
         if role == "token":
             expect(descriptor, kind="fifo")
-            close_all([self._token] if self._token >= 0 else [])
+            close_all([self._token])
             self._token = descriptor
             os.set_blocking(descriptor, False)
         elif role == "lock":
@@ -217,7 +220,7 @@ class Successor(Exchange):
 
     def changed(self, before: State) -> None:
         if self.state in (State.OWNER, State.UNDONE, State.FAILED):
-            close_all([self._token] if self._token >= 0 else [])
+            close_all([self._token])
             self._token = -1
         if self.state is State.WARMING and not self.joined.done():
             self.joined.set_result(None)
