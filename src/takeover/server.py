@@ -137,14 +137,12 @@ def serve(
     drain_timeout: float = 30.0,
     max_generations: int = 8,
     allow_uids: Collection[int] = (),
-    started: Callable[[Report], object] | None = None,
 ) -> None:
     """Serves connections on the native loop until a successor has taken over and the rest has drained, or until stopped.
 
-    handler: an asyncio protocol factory, or a compiled handler like ECHO. listen: URLs. `started` is called when this process
-    owns the service (or, with dry_run, would). The other arguments are those of join(). Call it in the main thread: it
-    handles SIGTERM and SIGINT (stop accepting, drain to the deadline; the second one ends at once). A callback of SIGHUP
-    and the like is the caller's.
+    handler: an asyncio protocol factory, or a compiled handler like ECHO. listen: URLs. The other arguments are those of
+    join(). Call it in the main thread: it handles SIGTERM and SIGINT (stop accepting, drain to the deadline; the second
+    one ends at once).
 
     Raises what join(), Service.listen() and Service.ready() raise, and Aborted when the incumbent took the service back
     in the probation.
@@ -166,8 +164,6 @@ def serve(
                 _listen(server, member, handler, listen)
                 report = member.ready()
                 _tell(report, member, listen, dry_run=dry_run)
-                if started is not None:
-                    started(report)
                 if dry_run:
                     return
                 _run(server, member)
