@@ -1,7 +1,9 @@
 """Send and receive descriptors over an AF_UNIX stream socket; `_fdpass_py` is the same interface in plain Python."""
 
-from collections.abc import Buffer, Sequence
+from collections.abc import Sequence
 from typing import Final
+
+from typing_extensions import Buffer
 
 MAX_DESCRIPTORS: Final = 252
 
