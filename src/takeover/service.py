@@ -284,6 +284,7 @@ class Service:
                     self._start_cold()
                     return
             except PeerLost:
+                self._successor = None
                 attempts += 1
                 if attempts == ATTEMPTS:
                     raise
