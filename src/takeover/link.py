@@ -56,7 +56,12 @@ class Link:
         return not self._queue and self._decoder.wants() == Decoder().wants()
 
     def send(self, kind: Type, body: Body | None = None, descriptors: Sequence[int] = ()) -> None:
-        """Queues a frame and sends what the socket takes. Raises OSError where the kernel refuses the descriptors."""
+        """Queues a frame and sends what the socket takes. Raises OSError where the kernel refuses the descriptors.
+
+        On a link that is lost it does nothing: that the peer is gone is told by reading, once.
+        """
+        if self.lost:
+            return
         self._queue.append((encode(kind, body, len(descriptors)), descriptors))
         self.flush()
 
