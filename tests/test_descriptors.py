@@ -53,7 +53,7 @@ def test_a_udp_socket() -> None:
 
 
 def test_unix_sockets_with_a_path_an_abstract_name_and_none(tmp_path: pathlib.Path) -> None:
-    names = [str(tmp_path / "socket"), b"\0takeover-%d" % os.getpid(), ""]
+    names: list[str | bytes] = [str(tmp_path / "socket"), b"\0takeover-%d" % os.getpid(), ""]
     for name in names:
         with socket.socket(socket.AF_UNIX) as sock:
             if name:
