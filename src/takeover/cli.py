@@ -210,7 +210,7 @@ def render_demo(show: Demo) -> Table:
 
 def render_account(tally: Tally) -> Table:
     """The end of the demo: what was done, and what it cost."""
-    table = Table(title="What the clients saw", title_justify="left")
+    table = Table(title="What the clients saw", title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     for what, value in (

@@ -34,7 +34,6 @@ class NativeServer(Server):
         self.loop = native.Loop()
         self.drain_timeout = drain_timeout
         self.listeners: dict[str, Any] = {}
-        self.aborted = 0
         self.failure: Aborted | None = None
         self._kept: frozenset[str] = frozenset()
         self._ending = False
@@ -105,8 +104,8 @@ class NativeServer(Server):
             self.loop.when_empty(self.loop.stop)
 
     def _deadline(self) -> None:
-        self.aborted = self.loop.abort_connections()
-        logger.warning("drain deadline of %g s: closed %d connections", self.drain_timeout, self.aborted)
+        aborted = self.loop.abort_connections()
+        logger.warning("drain deadline of %g s: closed %d connections", self.drain_timeout, aborted)
         self.loop.stop()
 
 
@@ -161,11 +160,13 @@ def serve(
                 max_generations=max_generations,
                 allow_uids=allow_uids,
             ) as member:
-                _listen(server, member, handler, listen)
+                socks = [sock for url in listen for sock in _listen(member, url)]
                 report = member.ready()
                 _tell(report, member, listen, dry_run=dry_run)
                 if dry_run:
                     return
+                for sock in socks:
+                    server.listeners[member.name_of(sock)] = server.loop.listen(sock, handler)
                 _run(server, member)
     finally:
         server.loop.close()
@@ -173,14 +174,13 @@ def serve(
         raise server.failure
 
 
-def _listen(server: NativeServer, member: Service, handler: Any, urls: Sequence[str]) -> None:
-    for url in urls:
-        for sock in member.listen_all(url):
-            if sock.type != socket.SOCK_STREAM:
-                raise ListenError(f"listen {url}: the native loop serves stream sockets only")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, GUARD)
-            name = member.name_of(sock)
-            server.listeners[name] = server.loop.listen(sock, handler, accepting=False)
+def _listen(member: Service, url: str) -> list[socket.socket]:
+    socks = member.listen_all(url)
+    for sock in socks:
+        if sock.type != socket.SOCK_STREAM:
+            raise ListenError(f"listen {url}: the native loop serves stream sockets only")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, GUARD)
+    return socks
 
 
 def _run(server: NativeServer, member: Service) -> None:
@@ -193,10 +193,9 @@ def _run(server: NativeServer, member: Service) -> None:
 
     for signum in SIGNALS:
         server.loop.add_signal_handler(signum, leave, signum)
-    server.loop.call_soon(server.start_accepting)
     server.loop.run()
     member.leave()
-    logger.info("ended; %d connections were closed at the deadline", server.aborted)
+    logger.info("ended")
 
 
 def _tell(report: Report, member: Service, urls: Sequence[str], *, dry_run: bool) -> None:
@@ -210,8 +209,9 @@ def _tell(report: Report, member: Service, urls: Sequence[str], *, dry_run: bool
         logger.info("serving %s (generation 1, %s)", where, backend)
         return
     logger.info(
-        "took over %d listeners from pid %d (generation %d, %s) in %.0f ms",
+        "took over %d listener%s from pid %d (generation %d, %s) in %.0f ms",
         len(report.adopted),
+        "" if len(report.adopted) == 1 else "s",
         report.incumbent,
         report.generation,
         backend,

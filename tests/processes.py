@@ -1,0 +1,398 @@
+"""The machinery of the tests with real processes: rooms, servers, and clients that count what they lose."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from takeover import query
+from takeover.errors import TakeoverError
+
+LIMIT = 30.0
+"""Seconds after which a test gives up waiting for an event; nothing depends on how long it took."""
+
+PROGRAMS = pathlib.Path(__file__).parent / "programs"
+FAST = {"heartbeat": 0.05, "silence": 0.3, "warming_silence": 0.5, "greeting": 1.0, "starting": 0.4}
+"""Limits of the exchange for tests that wait for them to pass."""
+
+
+def eventually(question: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
+    """Asks until the answer is true, and returns it."""
+    deadline = time.monotonic() + limit
+    while True:
+        answer = question()
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"not within {limit:g} s: {what}"
+        time.sleep(0.005)
+
+
+def free_address() -> tuple[str, int]:
+    """A loopback address and port that nobody has: each room gets a 127.x.y.z of its own."""
+    host = "127.{}.{}.{}".format(*(random.randint(1, 254) for _ in range(3)))
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        return host, sock.getsockname()[1]
+
+
+def descriptors(pid: int) -> Counter[str]:
+    """What a process holds open, by kind."""
+    kinds: Counter[str] = Counter()
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            link = os.readlink(f"/proc/{pid}/fd/{entry}")
+            kinds[os.path.basename(link) if link.startswith("/") else link.rstrip("0123456789[]:")] += 1
+    return kinds
+
+
+class Program:
+    """One process and the lines that it writes; it is killed at the end of its room, by its pid."""
+
+    def __init__(self, command: Sequence[str], **options: Any) -> None:
+        settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
+        self.process = subprocess.Popen(command, **settings)
+        self.pid = self.process.pid
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        self._ended = self.process.stdout is None
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        if not self._ended:
+            self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self.lines.append(line.decode(errors="replace").rstrip())
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_for(self, text: str, limit: float = LIMIT) -> str:
+        """The first line that holds the text; fails if the process ends without one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or any(text in line for line in self.lines), limit)
+            found = [line for line in self.lines if text in line]
+        assert found, f"pid {self.pid} did not say {text!r}, but:\n{self.text}"
+        return found[0]
+
+    def wait(self, limit: float = LIMIT) -> int:
+        """The exit status, when it has ended and all that it wrote has been read."""
+        try:
+            status = self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"pid {self.pid} has not ended; it said:\n{self.text}") from None
+        if self.process.stdout is not None:
+            self._reader.join(1)
+        return status
+
+    def signal(self, signum: int) -> None:
+        self.process.send_signal(signum)
+
+    def end(self) -> None:
+        """Kills what is left, and frees its pipe."""
+        if self.running:
+            self.process.kill()
+        self.process.wait(LIMIT)
+        if self.process.stdout is not None:
+            self._reader.join(1)
+            if not self._reader.is_alive():
+                self.process.stdout.close()
+
+
+class Room:
+    """A folder with a control path, an address to serve on, and the processes that a test starts there."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.folder = tempfile.mkdtemp(prefix="tko")
+        self.control = os.path.join(self.folder, "takeover.sock")
+        self.address: tuple[str, int] = free_address()
+        self.url = "tcp://{}:{}".format(*self.address)
+        self.programs: list[Program] = []
+        self.clients: list[Pounder | Steady] = []
+        self.tracebacks_allowed = False
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("TAKEOVER_")},
+            "TAKEOVER_BACKEND": backend,
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def run(self, *command: str, **options: Any) -> Program:
+        """Starts any command in this room."""
+        settings = {"env": self.environment, "cwd": self.folder, **options}
+        program = Program(command, **settings)
+        self.programs.append(program)
+        return program
+
+    def cli(self, *arguments: str, **options: Any) -> Program:
+        """Starts the command `takeover`."""
+        return self.run(sys.executable, "-m", "takeover", *arguments, **options)
+
+    def program(self, name: str, argument: dict[str, Any] | None = None, **options: Any) -> Program:
+        """Starts one of the programs of the tests; its argument is JSON."""
+        return self.run(sys.executable, str(PROGRAMS / name), json.dumps(argument or {}), **options)
+
+    def echo(self, argument: dict[str, Any] | None = None, **options: Any) -> Program:
+        """Starts the echo server: programs/echo.py with the options of serve(), quicker to start than the command."""
+        settings = {"listen": [self.url], "control": self.control, "probation": 0.0, **options}
+        return self.program("echo.py", {"options": settings, **(argument or {})})
+
+    def status(self, time_limit: float = 2.0) -> dict[str, Any]:
+        return query.status(self.control, time_limit=time_limit)
+
+    def owner(self) -> int | None:
+        """The pid of the process that serves and is settled; None while there is none."""
+        try:
+            report = self.status(0.5)
+        except (TakeoverError, OSError):
+            return None
+        return int(report["pid"]) if report["state"] == "serving" else None
+
+    def wait_for_owner(self, program: Program, limit: float = LIMIT) -> None:
+        try:
+            eventually(lambda: self.owner() == program.pid, f"pid {program.pid} owns the service", limit)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it said:\n{program.text}") from None
+
+    def connect(self, timeout: float = LIMIT) -> socket.socket:
+        return socket.create_connection(self.address, timeout)
+
+    def round_trip(self) -> None:
+        """A new connection is accepted and echoed to."""
+        with self.connect() as sock:
+            echo_once(sock, os.urandom(16))
+
+    def pound(self, **options: Any) -> Pounder:
+        client = Pounder(self.address, **options)
+        self.clients.append(client)
+        return client
+
+    def steady(self, count: int) -> Steady:
+        client = Steady(self.address, count)
+        self.clients.append(client)
+        return client
+
+    def left_behind(self) -> list[str]:
+        return sorted(os.listdir(self.folder))
+
+    def __enter__(self) -> Room:  # noqa: PYI034 - typing.Self needs Python 3.11
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for client in self.clients:
+            client.stop()
+        for program in self.programs:
+            program.end()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if kind is None and not self.tracebacks_allowed:
+            for program in self.programs:
+                assert "Traceback" not in program.text, f"pid {program.pid} wrote a traceback:\n{program.text}"
+
+
+def receive_exactly(sock: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = sock.recv(size - len(data))
+        if not part:
+            raise ConnectionResetError(f"end of file after {len(data)} of {size} bytes")
+        data += part
+    return bytes(data)
+
+
+def echo_once(sock: socket.socket, data: bytes) -> None:
+    """Sends, and receives the same."""
+    sock.sendall(data)
+    assert receive_exactly(sock, len(data)) == data
+
+
+class Pounder:
+    """A client that connects anew all the time, each connection with one echo round trip; it counts every loss."""
+
+    def __init__(self, address: Any, pause: float = 0.002, timeout: float = LIMIT) -> None:
+        self.address = address
+        self.good = 0
+        self.slowest = 0.0
+        self.lost: list[OSError | AssertionError] = []
+        self._pause, self._timeout = pause, timeout
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def refused(self) -> int:
+        return sum(isinstance(error, ConnectionRefusedError) for error in self.lost)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            try:
+                with socket.socket(socket.AF_UNIX if isinstance(self.address, str) else socket.AF_INET) as sock:
+                    sock.settimeout(self._timeout)
+                    sock.connect(self.address)
+                    echo_once(sock, os.urandom(32))
+                self.good += 1
+            except (OSError, AssertionError) as error:
+                self.lost.append(error)
+            self.slowest = max(self.slowest, time.monotonic() - began)
+            self._stopping.wait(self._pause)
+
+    def goes_on(self, limit: float = LIMIT) -> None:
+        """Returns when some connections more have been served."""
+        before = self.good
+        eventually(lambda: self.good > before + 2, f"new connections are served; lost: {self.lost[-3:]}", limit)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(LIMIT)
+
+
+class Steady:
+    """Clients that stay connected and talk in turn; every byte that comes back is compared."""
+
+    def __init__(self, address: Any, count: int) -> None:
+        self.rounds = 0
+        self.lost: list[BaseException] = []
+        self._socks = [socket.create_connection(address, LIMIT) for _ in range(count)]
+        for sock in self._socks:
+            echo_once(sock, b"hello")
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        source = random.Random(7)
+        while not self._stopping.is_set() and not self.lost:
+            for sock in self._socks:
+                try:
+                    echo_once(sock, source.randbytes(source.choice((1, 100, 5000, 70_000))))
+                except (OSError, AssertionError) as error:
+                    self.lost.append(error)
+            self.rounds += 1
+            self._stopping.wait(0.002)
+
+    def goes_on(self, limit: float = LIMIT) -> None:
+        before = self.rounds
+        eventually(lambda: self.rounds > before + 1 or self.lost, "steady clients are served", limit)
+        assert not self.lost, self.lost
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(LIMIT)
+        for sock in self._socks:
+            sock.close()
+
+
+class Boundaries:
+    """Learns of every boundary that the processes of a room come to (see programs/echo.py), and may act at one of them.
+
+    A process waits at each boundary for an answer, so what is done at it happens there and nowhere else.
+    """
+
+    def __init__(self, at: str = "", act: Callable[[], bool] | None = None) -> None:
+        """act is called at the first boundary called `at`; a true answer means that the process hangs there."""
+        self.name = f"tko-{os.getpid()}-{os.urandom(6).hex()}"
+        self.seen: list[str] = []
+        self.reached = threading.Event()
+        self._at, self._act = at, act
+        self._hanging: list[socket.socket] = []
+        self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listening.bind(f"\0{self.name}")
+        self._listening.listen(64)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listening, selectors.EVENT_READ)
+        self._ending, self._end = socket.socketpair()
+        self._selector.register(self._ending, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                sock: Any = key.fileobj
+                if sock is self._ending:
+                    return
+                if sock is self._listening:
+                    self._selector.register(sock.accept()[0], selectors.EVENT_READ)
+                    continue
+                try:
+                    step = sock.recv(200).decode()
+                except ConnectionResetError:
+                    step = ""
+                if not step:
+                    self._selector.unregister(sock)
+                    sock.close()
+                elif not self._hangs(step):
+                    self._answer(sock)
+                else:
+                    self._hanging.append(sock)
+
+    def _hangs(self, step: str) -> bool:
+        self.seen.append(step)
+        if step != self._at or self.reached.is_set() or self._act is None:
+            return False
+        hangs = self._act()
+        self.reached.set()
+        return hangs
+
+    @staticmethod
+    def _answer(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            sock.send(b"g")
+
+    def let_go(self) -> None:
+        """Who hangs goes on."""
+        while self._hanging:
+            self._answer(self._hanging.pop())
+
+    def close(self) -> None:
+        self._end.send(b"x")
+        self._thread.join(LIMIT)
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        self._end.close()
+        self._selector.close()
+
+
+@contextlib.contextmanager
+def stopped(program: Program) -> Iterator[None]:
+    """The process is stopped, and has stopped, inside the block."""
+    program.signal(signal.SIGSTOP)
+    eventually(lambda: state_of(program.pid) == "T", "the process is stopped")
+    try:
+        yield
+    finally:
+        program.signal(signal.SIGCONT)
+
+
+def state_of(pid: int) -> str:
+    """The letter of proc_pid_stat(5)."""
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

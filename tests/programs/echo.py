@@ -1,0 +1,46 @@
+"""The echo server with what only tests may do to it: short limits, boundaries at which it waits, high descriptor numbers."""
+
+import functools
+import json
+import logging
+import os
+import socket
+import sys
+from typing import Any
+
+import takeover
+from takeover import echo, service
+from takeover.exchange import Exchange
+
+
+def report_boundaries(name: str) -> None:
+    """Tells each boundary to the test that listens at the abstract name, and waits there for its answer."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(f"\0{name}")
+
+    def boundary(step: str) -> None:
+        sock.send(step.encode())
+        sock.recv(1)
+
+    Exchange.boundary = boundary
+
+
+def main() -> None:
+    """Its argument: {"options": those of serve(), "limits": those of join(), "boundaries": name, "above": number}."""
+    wishes: dict[str, Any] = json.loads(sys.argv[1])
+    logging.raiseExceptions = False
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
+    for _ in range(wishes.get("above", 0)):
+        os.dup(0)
+    if "boundaries" in wishes:
+        report_boundaries(wishes["boundaries"])
+    if "limits" in wishes:
+        service.Limits = functools.partial(takeover.Limits, **wishes["limits"])  # type: ignore[assignment,misc]
+    try:
+        echo.echo(**wishes["options"])
+    except takeover.errors.TakeoverError as error:
+        print(f"takeover: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+main()

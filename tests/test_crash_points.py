@@ -1,0 +1,182 @@
+"""At every boundary of a takeover, either process is killed, stopped or hangs: one owner remains, and the next takeover works.
+
+The boundaries are recorded from a takeover that goes well, so the list cannot go stale.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+from processes import FAST, Boundaries, Pounder, Program, Room, descriptors, eventually
+
+CONVERGES = 5.0
+"""Seconds; the guarantee is one, and a busy machine gets more."""
+
+PARALLEL = 6
+PROBATION = 0.2
+HEARTBEATS = ("HEARTBEAT", "DRAINING", "COUNT")
+
+
+class Recording(NamedTuple):
+    """One takeover that went well: the boundaries in their order, and what its owner held when it was over."""
+
+    boundaries: tuple[str, ...]
+    held: dict[str, int]
+
+
+class Scenario(NamedTuple):
+    """At the boundary `step` (of whichever role), `victim` is killed or stopped, or hangs."""
+
+    step: str
+    victim: str
+    action: str
+
+    def __str__(self) -> str:
+        return f"{self.action} the {self.victim} when {self.step!r}"
+
+
+def start(room: Room, boundaries: Boundaries | None = None) -> Program:
+    settings = {"limits": FAST} if boundaries is None else {"limits": FAST, "boundaries": boundaries.name}
+    return room.echo(settings, probation=PROBATION)
+
+
+@cache
+def record(backend: str) -> Recording:
+    boundaries = Boundaries()
+    with Room(backend) as room:
+        old = start(room, boundaries)
+        old.wait_for("serving")
+        new = start(room, boundaries)
+        new.wait_for("took over")
+        assert old.wait() == 0
+        seen = tuple(dict.fromkeys(step for step in boundaries.seen if not step.endswith(HEARTBEATS)))
+        last = start(room)
+        last.wait_for("took over")
+        assert new.wait() == 0
+        room.wait_for_owner(last)
+        held = eventually(lambda: quiet(last), "the owner has closed the link to its predecessor")
+    boundaries.close()
+    return Recording(seen, held)
+
+
+def quiet(program: Program) -> dict[str, int] | None:
+    """What a process holds, when twice in a row it is the same."""
+    held = descriptors(program.pid)
+    time.sleep(0.02)
+    return dict(held) if held == descriptors(program.pid) else None
+
+
+def scenarios(backend: str, action: str) -> Iterator[Scenario]:
+    for step in record(backend).boundaries:
+        role = step.split()[0]
+        for victim in ("incumbent", "successor"):
+            if action != "hang" or victim == role:
+                yield Scenario(step, victim, action)
+
+
+def has_settled(step: str, boundaries: tuple[str, ...]) -> bool:
+    """Whether the incumbent has let go for good by then, so that the death of the successor is the death of the service."""
+    return boundaries.index(step) >= boundaries.index("incumbent before RELEASE")
+
+
+def holds_everything(step: str, boundaries: tuple[str, ...]) -> bool:
+    """Whether the successor has got every descriptor by then, so that it can do without the incumbent."""
+    return boundaries.index(step) > boundaries.index("successor at LISTENERS")
+
+
+def play(backend: str, scenario: Scenario) -> None:
+    recording = record(backend)
+    with Room(backend) as room:
+        programs: dict[str, Program] = {}
+
+        def act() -> bool:
+            if scenario.action == "hang":
+                return True
+            programs[scenario.victim].signal(signal.SIGKILL if scenario.action == "kill" else signal.SIGSTOP)
+            return False
+
+        boundaries = Boundaries(scenario.step, act)
+        try:
+            programs["incumbent"] = start(room, boundaries)
+            programs["incumbent"].wait_for("serving")
+            load = room.pound()
+            programs["successor"] = start(room, boundaries)
+            eventually(boundaries.reached.is_set, f"the boundary; the processes said:\n{said(programs)}")
+            owner = settle(room, scenario, programs, boundaries)
+            if owner is not None:
+                load.goes_on(CONVERGES)
+                check_load(scenario, recording, load)
+            last = start(room)
+            last.wait_for("serving" if owner is None else "took over")
+            assert owner is None or owner.wait() == 0, said(programs)
+            room.wait_for_owner(last)
+            load.goes_on()
+            if owner is not None:
+                check_load(scenario, recording, load)
+            load.stop()
+            eventually(lambda: quiet(last) == recording.held, f"{descriptors(last.pid)} should be {recording.held}")
+            last.signal(signal.SIGTERM)
+            assert last.wait() == 0
+            assert room.left_behind() == []
+        finally:
+            boundaries.let_go()
+            boundaries.close()
+
+
+def said(programs: dict[str, Program]) -> str:
+    return "\n".join(f"--- {role}\n{program.text}" for role, program in programs.items())
+
+
+def settle(room: Room, scenario: Scenario, programs: dict[str, Program], boundaries: Boundaries) -> Program | None:
+    """Waits until there is one owner, and the other process is over; returns the owner, None if it was killed as such."""
+    victim = programs[scenario.victim]
+    survivor = programs["successor" if scenario.victim == "incumbent" else "incumbent"]
+    if scenario.action == "kill":
+        victim.wait()
+        if survivor is programs["incumbent"] and has_settled(scenario.step, record(room.backend).boundaries):
+            assert survivor.wait() == 0, said(programs)
+            return None
+        room.wait_for_owner(survivor, CONVERGES)
+        return survivor
+    eventually(lambda: room.owner() == survivor.pid or not survivor.running, "the survivor knows", CONVERGES)
+    if scenario.action == "stop":
+        victim.signal(signal.SIGCONT)
+    boundaries.let_go()
+    owner = survivor if survivor.running and room.owner() == survivor.pid else victim
+    room.wait_for_owner(owner, CONVERGES)
+    other = survivor if owner is victim else victim
+    assert other.wait() == (0 if other is programs["incumbent"] else other.process.returncode or -1), said(programs)
+    return owner
+
+
+def check_load(scenario: Scenario, recording: Recording, load: Pounder) -> None:
+    """A connection that a killed process had accepted dies with it; nothing else may be lost."""
+    if scenario.action != "kill":
+        assert not load.lost, load.lost
+    elif scenario.victim == "successor" or holds_everything(scenario.step, recording.boundaries):
+        assert not load.refused, load.lost
+        assert len(load.lost) <= 1, load.lost
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("action", ["kill", "stop", "hang"])
+def test_one_owner_remains_whoever_fails_at_whichever_boundary(backend: str, action: str) -> None:
+    failures = {}
+
+    def attempt(scenario: Scenario) -> None:
+        try:
+            play(backend, scenario)
+        except AssertionError as error:
+            failures[str(scenario)] = str(error)
+
+    todo = list(scenarios(backend, action))
+    assert len(todo) > 30
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        list(pool.map(attempt, todo))
+    assert not failures, "\n\n".join(f"{scenario}: {text}" for scenario, text in failures.items())
