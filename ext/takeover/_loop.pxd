@@ -1,0 +1,21 @@
+# cython: language_level=3
+"""The C-level interface of the loop: what a compiled module cimports to serve connections without the GIL.
+
+A handler is a `Handler` whose `callbacks` are set; each may be NULL but `received`:
+
+    opened(core, connection)                  a connection was accepted; `connection.state` is NULL and the handler's own
+    received(core, connection, data, size)    bytes, valid for the time of the call
+    ended(core, connection) -> bint           the peer's FIN; true keeps our half open (NULL, false: flush and close)
+    filled(core, connection)                  the backlog rose above `high` bytes (NULL: reading pauses until `low`)
+    drained(core, connection)                 it fell to `low` bytes again
+    closed(core, connection, error)           the last call; error is an errno, 0 for an orderly end; frees `state`
+
+They are called on the loop's thread, without the GIL, and must neither block nor keep it for long. The functions below
+are for callbacks on the same thread. What a write finds wrong ends the connection after the callback has returned.
+"""
+
+from takeover._connections cimport Callbacks, Connection, Core
+from takeover._native cimport (
+    Handler, connection_abort, connection_close, connection_pause_reading, connection_resume_reading, connection_write,
+    connection_write_eof,
+)
