@@ -118,7 +118,7 @@ class ControlThread:
         except Exception:  # noqa: BLE001 - logged with its traceback, and contained
             logger.exception("the exchange with pid %d failed", exchange.link.peer.pid)
             exchange.link.close()
-            if not exchange.finished and exchange.machine.accepts(Local.LOST):
+            if exchange.machine.accepts(Local.LOST):
                 exchange.step(Local.LOST)
         self._watch(exchange)
 

@@ -264,7 +264,7 @@ class Controller(ControlThread):
     def leave(self) -> None:
         """This process is going to end: a takeover under way goes on without it, else the path and the lock are given up."""
         for exchange in list(self.exchanges):
-            if not exchange.finished and exchange.machine.accepts(Local.LEAVING):
+            if exchange.machine.accepts(Local.LEAVING):
                 self.run_step(exchange, lambda: exchange.step(Local.LEAVING))  # noqa: B023
         if self._lock >= 0:
             if self._listening is not None:

@@ -157,7 +157,7 @@ class Exchange:
         self._lose()
 
     def _lose(self) -> None:
-        if self.link.lost and not self.finished and self.machine.accepts(Local.LOST):
+        if self.link.lost and self.machine.accepts(Local.LOST):
             self.step(Local.LOST)
 
     def _frame(self, frame: Frame) -> None:

@@ -131,7 +131,7 @@ INCUMBENT = _table(
     (State.OFFERING, (Type.TAKEN,), State.OFFERING, (Do.OFFER,)),
     (State.OFFERING, (Local.OFFERED,), State.WARMING, ()),
     (State.OFFERING, (Type.HEARTBEAT,), State.OFFERING, ()),
-    (State.OFFERING, (*_GONE, Type.ABORT), State.TAKING_BACK, (Do.TAKE_BACK,)),
+    (State.OFFERING, (*_GONE, Local.FAIL, Type.ABORT), State.TAKING_BACK, (Do.TAKE_BACK,)),
     (State.OFFERING, (Local.LEAVING,), State.CLOSED, (Do.CLOSE,)),
     (State.WARMING, (Type.HEARTBEAT,), State.WARMING, ()),
     (State.WARMING, (Type.READY,), State.COMMITTED, (Do.STOP_ACCEPTING, Type.COMMIT)),

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 GUARD = b"\0" * 8 + (1000).to_bytes(8, "little")
-"""A struct timeval of one millisecond. As SO_RCVTIMEO of a listener it bounds accept(2) even where another process, which
-shares the listener, has made it blocking: O_NONBLOCK belongs to the open file, not to the descriptor."""
+"""A struct timeval of one millisecond. As SO_RCVTIMEO of a listener it bounds accept(2) even where another process that
+shares the listener has made it blocking: O_NONBLOCK belongs to the open file, not to the descriptor."""
 
 
 class NativeServer(Server):
@@ -137,19 +137,20 @@ def serve(
     max_generations: int = 8,
     allow_uids: Collection[int] = (),
 ) -> None:
-    """Serves connections on the native loop until a successor has taken over and the rest has drained, or until stopped.
+    """Serves on the native loop until a successor has taken over and the rest has drained, or until stopped.
 
-    handler: an asyncio protocol factory, or a compiled handler like ECHO. listen: URLs. The other arguments are those of
-    join(). Call it in the main thread: it handles SIGTERM and SIGINT (stop accepting, drain to the deadline; the second
-    one ends at once).
+    handler: an asyncio protocol factory, or a compiled handler like ECHO. listen: URLs. The other arguments are those
+    of join(). Call it in the main thread: it handles SIGTERM and SIGINT (stop accepting, drain to the deadline; the
+    second one ends at once).
 
     Raises what join(), Service.listen() and Service.ready() raise, and Aborted when the incumbent took the service back
     in the probation.
     """
     server = NativeServer(drain_timeout)
     try:
-        with _interruptible():
-            with join(
+        with (
+            _interruptible(),
+            join(
                 control,
                 server=server,
                 service=service,
@@ -159,15 +160,16 @@ def serve(
                 drain_timeout=drain_timeout,
                 max_generations=max_generations,
                 allow_uids=allow_uids,
-            ) as member:
-                socks = [sock for url in listen for sock in _listen(member, url)]
-                report = member.ready()
-                _tell(report, member, listen, dry_run=dry_run)
-                if dry_run:
-                    return
-                for sock in socks:
-                    server.listeners[member.name_of(sock)] = server.loop.listen(sock, handler)
-                _run(server, member)
+            ) as member,
+        ):
+            socks = [sock for url in listen for sock in _listen(member, url)]
+            report = member.ready()
+            _tell(report, listen, dry_run=dry_run)
+            if dry_run:
+                return
+            for sock in socks:
+                server.listeners[member.name_of(sock)] = server.loop.listen(sock, handler)
+            _run(server, member)
     finally:
         server.loop.close()
     if server.failure is not None:
@@ -198,7 +200,7 @@ def _run(server: NativeServer, member: Service) -> None:
     logger.info("ended")
 
 
-def _tell(report: Report, member: Service, urls: Sequence[str], *, dry_run: bool) -> None:
+def _tell(report: Report, urls: Sequence[str], *, dry_run: bool) -> None:
     """What the operator reads: which generation this is, and what became of the listeners."""
     where = ", ".join(urls)
     if dry_run:
