@@ -55,11 +55,14 @@ def _measure(options: argparse.Namespace, console: Console) -> results.Document:
     with console.status("starting", refresh_per_second=1) as status:
         plan = Plan(document, options.quick, rounds, seconds, 0.1, tuple(options.only), status.update)
         for case in options.cases or CASES:
-            if case == "soak":
-                quiet = options.without or options.takeovers / 2
-                soak.soak(plan, options.takeovers, options.pause, quiet)
-            else:
-                CASES[case](plan)
+            try:
+                if case == "soak":
+                    quiet = options.without or options.takeovers / 2
+                    soak.soak(plan, options.takeovers, options.pause, quiet)
+                else:
+                    CASES[case](plan)
+            except (OSError, RuntimeError) as error:
+                document.skip(case, "the rest of it", f"failed: {error}")
             if options.json:
                 document.save(options.json)
     return document

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from .plan import Plan
 from .processes import load, server
+from .results import Row
 from .subjects import REFERENCE, Subject
 
 
@@ -32,26 +33,38 @@ STREAM = Cell(16384, 10, 16)
 def _interleaved(
     plan: Plan, case: str, cell: str, subjects: Sequence[Subject], run: Callable[[int, int], dict[str, Any]]
 ) -> None:
-    """All servers are up at once and idle but one: a round goes through them all, so that noise meets all alike."""
+    """All servers are up at once and idle but one: a round goes through them all, so that noise meets all alike.
+
+    A server that fails is noted with the reason, and the others go on.
+    """
     with contextlib.ExitStack() as stack:
-        running = []
+        running: dict[Subject, tuple[int, int]] = {}
         for subject in subjects:
             plan.say(f"{case}: {cell}: starting {subject.name}")
-            running.append((subject, *stack.enter_context(server(subject.command(), subject.variables))))
+            try:
+                running[subject] = stack.enter_context(server(subject.command(), subject.variables))
+            except RuntimeError as error:
+                plan.document.skip(case, subject.name, f"failed in {cell}: {error}")
         for index in range(plan.rounds):
-            for subject, pid, port in running:
+            for subject, (pid, port) in list(running.items()):
                 plan.say(f"{case}: {cell}: {subject.name}, round {index + 1} of {plan.rounds}")
-                seen = run(pid, port)
-                row = plan.document.row(case, cell, subject.name, REFERENCE)
-                if not seen["messages"]:
-                    raise RuntimeError(f"{subject.name} served nothing in {cell}")
-                row.add(
-                    cpu_ns=seen["server_cpu_ns"] / seen["messages"],
-                    rate=seen["messages"] / seen["seconds"],
-                    busy=seen["server_cpu_ns"] / seen["seconds"] / 1e9,
-                )
-                if "p50_us" in seen:
-                    row.add(p50_us=seen["p50_us"], p99_us=seen["p99_us"])
+                try:
+                    _record(plan.document.row(case, cell, subject.name, REFERENCE), run(pid, port))
+                except RuntimeError as error:
+                    plan.document.skip(case, subject.name, f"failed in {cell}: {error}")
+                    del running[subject]
+
+
+def _record(row: Row, seen: dict[str, Any]) -> None:
+    if not seen["messages"]:
+        raise RuntimeError("it served nothing")
+    row.add(
+        cpu_ns=seen["server_cpu_ns"] / seen["messages"],
+        rate=seen["messages"] / seen["seconds"],
+        busy=seen["server_cpu_ns"] / seen["seconds"] / 1e9,
+    )
+    if "p50_us" in seen:
+        row.add(p50_us=seen["p50_us"], p99_us=seen["p99_us"])
 
 
 def _echo(plan: Plan, case: str, cell: Cell) -> None:
@@ -79,7 +92,7 @@ def echo(plan: Plan) -> None:
 
 
 def stream(plan: Plan) -> None:
-    """Ten connections with 256 KiB under way on each: what the buffers do; memory is noisier than a CPU, so more rounds."""
+    """Ten connections with 256 KiB under way on each; memory is noisier than a CPU, so more rounds."""
     _echo(plan._replace(rounds=2 * plan.rounds), "stream", STREAM)
 
 

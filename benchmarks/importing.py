@@ -1,4 +1,4 @@
-"""How long `import takeover` takes beside the standard modules that any such library needs, each in a fresh interpreter."""
+"""How long `import takeover` takes beside the standard modules that it needs, each in a fresh interpreter."""
 
 from __future__ import annotations
 

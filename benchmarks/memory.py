@@ -22,6 +22,13 @@ def _hold(port: int, connections: int) -> subprocess.Popen[str]:
     return holder
 
 
+def _warm(pid: int, port: int) -> None:
+    holder = _hold(port, 64)
+    held = descriptors(pid)
+    end(holder)
+    wait_until(lambda: descriptors(pid) <= held - 64, "the server to close what its clients have closed")
+
+
 def memory(plan: Plan) -> None:
     """Each server first has a few clients that leave again, so that what it loads at its first one is not counted."""
     count = 1000 if plan.quick else 9000
@@ -30,9 +37,7 @@ def memory(plan: Plan) -> None:
             connections = min(count, subject.most_connections - 10)
             plan.say(f"memory: {subject.name}, round {index + 1}")
             with server(subject.command(), subject.variables) as (pid, port):
-                empty = descriptors(pid)
-                end(_hold(port, 64))
-                wait_until(lambda pid=pid, empty=empty: descriptors(pid) <= empty + 2, f"{subject.name} to close")  # type: ignore[misc]
+                _warm(pid, port)
                 before = private_memory(pid)
                 holder = _hold(port, connections)
                 try:

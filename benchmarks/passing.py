@@ -13,7 +13,7 @@ from multiprocessing import reduction
 from .build import program
 from .plan import Plan
 from .processes import PYTHON, SERVER_CPU, environment, start
-from .subjects import CYTHON, PLAIN, REFERENCE, takeover_has
+from .subjects import REFERENCE, takeover_lacks
 
 BATCHES = (1, 16, 64, 252)
 COUNT = 50_000
@@ -57,14 +57,14 @@ def measure(kind: str, batch: int, count: int) -> float:
 def passing(plan: Plan) -> None:
     """All kinds in each batch size."""
     kinds: list[tuple[str, list[str], dict[str, str]]] = [(REFERENCE, [], {})]
-    for backend, module, variables in (("cython", "_fdpass", CYTHON), ("python", "_fdpass_py", PLAIN)):
+    for backend in ("cython", "python"):
         name = f"takeover, {backend}"
-        if not plan.wants(name):
-            continue
-        if takeover_has(f"takeover.{module}"):
-            kinds.append((name, [backend], variables))
-        else:
-            plan.document.skip("passing", name, f"takeover.{module} cannot be imported")
+        if plan.wants(name):
+            why = takeover_lacks(backend)
+            if why is None:
+                kinds.append((name, [backend], {"TAKEOVER_BACKEND": backend}))
+            else:
+                plan.document.skip("passing", name, why)
     if plan.wants("multiprocessing.reduction"):
         kinds.append(("multiprocessing.reduction", ["reduction"], {}))
     count = COUNT // 5 if plan.quick else COUNT

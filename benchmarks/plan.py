@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .results import Document
-from .subjects import REFERENCE, SUBJECTS, Subject
+from .subjects import AGAIN, REFERENCE, SUBJECTS, Subject
 
 
 @functools.cache
@@ -27,8 +27,8 @@ class Plan(NamedTuple):
     say: Callable[[str], None]
 
     def wants(self, name: str) -> bool:
-        """Whether a subject was asked for; the reference always is."""
-        return name == REFERENCE or not self.only or any(word in name for word in self.only)
+        """Whether a subject was asked for; the reference always is, twice."""
+        return name in (REFERENCE, AGAIN) or not self.only or any(word in name for word in self.only)
 
     def subjects(self, case: str) -> list[Subject]:
         """The echo servers that were asked for and can run here; the others are noted as skipped."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from .restarts import NO_RESTART, RESTARTS
 from .results import Document
-from .subjects import REFERENCE
+from .subjects import AGAIN, REFERENCE
 
 OURS, THEIRS, REFERENCE_COLOUR, BAD = "#1b7f5c", "#9aa5b1", "#3b4a5a", "#c2412d"
 
@@ -40,7 +40,7 @@ def _echo(document: Document, figure: Any) -> bool:
         for subject in document.subjects("echo"):
             row = document.find("echo", cell, subject)
             ratio = row and document.ratio(row, "cpu_ns")
-            if ratio:
+            if ratio and subject != AGAIN:
                 found.append((subject, ratio))
         _bars(
             axes,
@@ -60,7 +60,7 @@ def _echo(document: Document, figure: Any) -> bool:
 
 def _single(case: str, measure: str, title: str, unit: str, scale: float = 1) -> Callable[[Document, Any], bool]:
     def draw(document: Document, figure: Any) -> bool:
-        rows = [row for row in document.rows if row.case == case and row.median(measure) is not None]
+        rows = [row for row in document.rows if row.case == case and row.subject != AGAIN and row.median(measure)]
         if not rows:
             return False
         values = [(row.median(measure) or 0) / scale for row in rows]
@@ -173,20 +173,20 @@ PLOTS: dict[str, Callable[[Document, Any], bool]] = {
 
 def draw(document: Document, folder: pathlib.Path) -> list[pathlib.Path]:
     """Write every plot that the document has rows for, and give the files."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "takeover"
-    from matplotlib import pyplot
+    mpl.use("agg")
+    mpl.rcParams["svg.hashsalt"] = "takeover"
+    from matplotlib import pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, plot in PLOTS.items():
-        figure = pyplot.figure(layout="constrained")
+        figure = plt.figure(layout="constrained")
         if plot(document, figure):
             for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
                 path = folder / f"{name}.{suffix}"
                 figure.savefig(path, dpi=144, metadata=metadata)
                 written.append(path)
-        pyplot.close(figure)
+        plt.close(figure)
     return written

@@ -104,8 +104,9 @@ def _restarts(document: Document, case: str) -> Table:
         "restart takes, ms",
     ]
     caption = (
-        "in brackets: the same server without a restart; gap: the longest time around a restart in which no client was served; "
-        "own stall: the longest time for which the load generator itself did not run, so that a gap up to it proves nothing"
+        "in brackets: the same server without a restart; gap: the longest time around a restart in which no client "
+        "was served; own stall: the longest time for which the load generator itself did not run, so that a gap up "
+        "to it proves nothing"
     )
     table = _table(f"{case.capitalize()} under a steady stream of new clients", columns, caption)
     for row in (row for row in document.rows if row.case == case and row.cell == RESTARTS):
@@ -131,7 +132,8 @@ def _targets(document: Document) -> Table | None:
         return None
     table = _table("Targets", ["what", "at most or at least", "measured", "reached"])
     for target in found:
-        table.add_row(target.what, target.bound, target.measured, "[green]yes[/]" if target.reached else "[red]no[/]")
+        reached = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[target.reached]
+        table.add_row(target.what, target.bound, target.measured, reached)
     return table
 
 

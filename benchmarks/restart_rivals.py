@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Sequence
 
 from .processes import PYTHON, SERVER_CPU, children, end, environment, is_alive, start, wait_until
-from .subjects import takeover_has
+from .subjects import takeover_lacks
 
 
 def free_port() -> int:
@@ -85,8 +85,7 @@ class Takeover(Rival):
     backend = ""
 
     def missing(self) -> str | None:
-        module = "takeover._loop" if self.backend == "cython" else "takeover._loop_py"
-        return None if takeover_has(f"{module}, takeover.__main__") else f"{module} or the command cannot be imported"
+        return takeover_lacks(self.backend)
 
     def serve(self) -> subprocess.Popen[str]:
         address = f"tcp://127.0.0.1:{self.port}"
@@ -240,7 +239,8 @@ class Haproxy(Rival):
 
     def start(self) -> None:
         (self.folder / "haproxy.cfg").write_text(
-            f"global\n nbthread 1\n maxconn 8000\n stats socket {self.folder}/admin.sock level admin expose-fd listeners\n"
+            "global\n nbthread 1\n maxconn 8000\n"
+            f" stats socket {self.folder}/admin.sock level admin expose-fd listeners\n"
             "defaults\n mode http\n timeout client 5s\n timeout server 5s\n timeout connect 5s\n"
             f"frontend all\n bind 127.0.0.1:{self.port} backlog 4096\n"
             f" http-request return status 200 content-type text/plain string {'x' * 64}\n"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 from typing import Any
 
+import gevent.socket  # type: ignore[import-untyped]
 from gevent.server import StreamServer  # type: ignore[import-untyped]
-from gevent.socket import socket as GeventSocket  # type: ignore[import-untyped]
 
 from .listener import listen
 
@@ -21,4 +21,4 @@ def echo(sock: Any, _address: object) -> None:
 
 if __name__ == "__main__":
     plain: socket.socket = listen()
-    StreamServer(GeventSocket(fileno=plain.detach()), echo).serve_forever()
+    StreamServer(gevent.socket.socket(fileno=plain.detach()), echo).serve_forever()

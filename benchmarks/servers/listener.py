@@ -1,8 +1,8 @@
 """The listener that all servers share: the same options and backlog for everybody.
 
-A block of 1 MiB is allocated and freed first. glibc maps blocks above 128 KiB afresh until one has been freed (mallopt(3),
-M_MMAP_THRESHOLD), and a server that receives into 256 KiB pays for that with three times the CPU. Most programs have
-freed one by the time they serve, so the rivals are given that luck.
+A block of 1 MiB is allocated and freed first. glibc maps blocks above 128 KiB afresh until one has been freed
+(mallopt(3), M_MMAP_THRESHOLD), and a server that receives into 256 KiB pays for that with three times the CPU. Most
+programs have freed one by the time they serve, so the rivals are given that luck.
 """
 
 from __future__ import annotations

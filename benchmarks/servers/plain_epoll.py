@@ -8,53 +8,64 @@ import socket
 from .listener import listen
 
 
-def serve(listener: socket.socket) -> None:
-    listener.setblocking(False)
-    epoll = select.epoll()
-    epoll.register(listener, select.EPOLLIN)
-    connections: dict[int, socket.socket] = {}
-    unsent: dict[int, memoryview] = {}
-    buffer = memoryview(bytearray(256 * 1024))
+class Server:
+    def __init__(self, listener: socket.socket) -> None:
+        listener.setblocking(False)
+        self.listener = listener
+        self.epoll = select.epoll()
+        self.epoll.register(listener, select.EPOLLIN)
+        self.connections: dict[int, socket.socket] = {}
+        self.unsent: dict[int, memoryview] = {}
+        self.buffer = memoryview(bytearray(256 * 1024))
 
-    def drop(fd: int) -> None:
-        unsent.pop(fd, None)
-        connections.pop(fd).close()
+    def accept(self) -> None:
+        try:
+            for _ in range(64):
+                sock, _address = self.listener.accept()
+                sock.setblocking(False)
+                self.connections[sock.fileno()] = sock
+                self.epoll.register(sock, select.EPOLLIN)
+        except BlockingIOError:
+            return
 
-    while True:
-        for fd, _ in epoll.poll(maxevents=512):
-            if fd == listener.fileno():
+    def drop(self, fd: int) -> None:
+        self.unsent.pop(fd, None)
+        self.connections.pop(fd).close()
+
+    def read(self, fd: int, sock: socket.socket) -> None:
+        got = sock.recv_into(self.buffer)
+        if not got:
+            self.drop(fd)
+            return
+        try:
+            sent = sock.send(self.buffer[:got])
+        except BlockingIOError:
+            sent = 0
+        if sent < got:
+            self.unsent[fd] = memoryview(bytes(self.buffer[sent:got]))
+            self.epoll.modify(fd, select.EPOLLOUT)
+
+    def write(self, fd: int, sock: socket.socket) -> None:
+        rest = self.unsent[fd]
+        self.unsent[fd] = rest[sock.send(rest) :]
+        if not self.unsent[fd]:
+            del self.unsent[fd]
+            self.epoll.modify(fd, select.EPOLLIN)
+
+    def serve(self) -> None:
+        listener, connections, unsent = self.listener.fileno(), self.connections, self.unsent
+        while True:
+            for fd, _ in self.epoll.poll(maxevents=512):
+                if fd == listener:
+                    self.accept()
+                    continue
                 try:
-                    for _ in range(64):
-                        sock, _ = listener.accept()
-                        sock.setblocking(False)
-                        connections[sock.fileno()] = sock
-                        epoll.register(sock, select.EPOLLIN)
+                    (self.write if fd in unsent else self.read)(fd, connections[fd])
                 except BlockingIOError:
                     continue
-                continue
-            sock = connections[fd]
-            try:
-                rest = unsent.get(fd)
-                if rest is not None:
-                    unsent[fd] = rest[sock.send(rest) :]
-                    if not unsent[fd]:
-                        del unsent[fd]
-                        epoll.modify(fd, select.EPOLLIN)
-                elif got := sock.recv_into(buffer):
-                    try:
-                        sent = sock.send(buffer[:got])
-                    except BlockingIOError:
-                        sent = 0
-                    if sent < got:
-                        unsent[fd] = memoryview(bytes(buffer[sent:got]))
-                        epoll.modify(fd, select.EPOLLOUT)
-                else:
-                    drop(fd)
-            except BlockingIOError:
-                continue
-            except OSError:
-                drop(fd)
+                except OSError:
+                    self.drop(fd)
 
 
 if __name__ == "__main__":
-    serve(listen())
+    Server(listen()).serve()

@@ -1,5 +1,7 @@
-"""A plain echo server on a given port that ends as servers commonly do: on SIGTERM it closes its listener, serves who is
-connected, and exits. `--reuseport` lets a second one bind beside it."""
+"""A plain echo server on a given port that ends as servers commonly do.
+
+On SIGTERM it closes its listener, serves who is connected, and exits. `--reuseport` lets a second one bind beside it.
+"""
 
 from __future__ import annotations
 
