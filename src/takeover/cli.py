@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -62,10 +63,8 @@ def log_to_standard_error(level: int) -> None:
 
 def say(line: str) -> None:
     """A last word on standard error, if there is one."""
-    try:
-        print(f"takeover: {line}", file=sys.stderr, flush=True)
-    except (OSError, ValueError, AttributeError):
-        pass
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        click.echo(f"takeover: {line}", err=True)
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,9 +1,9 @@
 """The control socket's place in the file system: its path, its lock, its permissions, and who is at the other end.
 
-Beside the socket PATH lies PATH.lock, flock'ed by the owner for as long as it lives and handed on with every takeover, so
-that the lock is never free while anybody owns the service, and always free after a SIGKILL. Whoever gets the lock may
-take a socket file that nobody listens on for stale; nobody else removes anything. The lock file itself is removed only
-by its holder, and whoever locks it checks that the path still leads to the file that was locked.
+Beside the socket PATH lies PATH.lock, flock'ed by the owner for as long as it lives and handed on with every takeover,
+so that the lock is never free while anybody owns the service, and always free after a SIGKILL. Whoever gets the lock
+may take a socket file that nobody listens on for stale; nobody else removes anything. The lock file itself is removed
+only by its holder, and whoever locks it checks that the path still leads to the file that was locked.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class ControlPath:
             raise UsageError(f"control path {path!r}: give the path of a file; abstract sockets have no permissions")
         if len(os.fsencode(path)) > LONGEST_PATH:
             raise UsageError(
-                f"control path {path}: {len(os.fsencode(path))} bytes, a UNIX socket's path has at most {LONGEST_PATH}; "
+                f"control path {path}: {len(os.fsencode(path))} bytes, a UNIX socket's has at most {LONGEST_PATH}; "
                 "choose a shorter one"
             )
         try:

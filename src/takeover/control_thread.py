@@ -10,6 +10,7 @@ its peer sent in the meantime before it judges anybody's silence.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import threading
@@ -27,9 +28,9 @@ Result = TypeVar("Result")
 
 
 class ControlThread:
-    """Owns the thread, its selector and the links of its exchanges. Other threads come in through `post` and `ask` only.
+    """Owns the thread, its selector and the links of its exchanges; `ended` is set when the thread has ended.
 
-    `ended` is set when the thread has ended.
+    Other threads come in through `post` and `ask` only.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -53,10 +54,8 @@ class ControlThread:
     def post(self, callback: Callable[[], object]) -> None:
         """Runs the callback in the control thread, soon; dropped if the thread has ended."""
         self._posted.append(callback)
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.write(self._wake_writing, b"\0")
-        except BlockingIOError:
-            pass
 
     def ask(self, question: Callable[[], Result]) -> Result:
         """Runs the question in the control thread and returns its answer, or raises what it raised."""
@@ -75,7 +74,7 @@ class ControlThread:
         return answer.result()
 
     def close(self) -> None:
-        """Ends the thread and closes what it owns; what is under way is left to the kernel, like a death would leave it."""
+        """Ends the thread and closes what it owns; what is under way ends as it would by a death."""
         if self.ended.is_set():
             return
         self.post(self.ended.set)
@@ -85,7 +84,7 @@ class ControlThread:
         self.close_after_fork()
 
     def close_after_fork(self) -> None:
-        """Closes every descriptor of the thread, in a forked child where it does not run; touches no shared epoll set."""
+        """In a forked child, where the thread does not run: closes its descriptors, touches no shared epoll set."""
         self.ended.set()
         for exchange in self.exchanges:
             exchange.link.before_close = None
@@ -170,8 +169,7 @@ class ControlThread:
             sock, pidfd = exchange.link.fileno(), exchange.link.peer.pidfd
             self.selector.register(sock, events, lambda mask: self._ready(exchange, mask))
             if pidfd is not None:
-                died = lambda _: self._on_event(exchange, exchange.died)
-                self.selector.register(pidfd, selectors.EVENT_READ, died)
+                self.selector.register(pidfd, selectors.EVENT_READ, lambda _: self._on_event(exchange, exchange.died))
             self.exchanges[exchange] = (sock, -1 if pidfd is None else pidfd)
         elif self.selector.get_key(sock).events != events:
             self.selector.modify(sock, events, self.selector.get_key(sock).data)

@@ -39,7 +39,7 @@ class Server:
         """The successor is settled: serve what is left, close the listeners, end."""
 
     def undone(self, reason: str) -> None:
-        """The incumbent took the service back in the probation of this process: stop accepting, serve what is left, end."""
+        """The incumbent took the service back in our probation: stop accepting, serve what is left, end."""
 
     def stop(self) -> None:
         """Somebody asked for the end of the service."""
@@ -65,7 +65,8 @@ class Controller(ControlThread):
     """Owns the control socket and the lock from the moment at which the service is its own until it is handed over.
 
     `state` is one of the words that status shows: joining, warming, serving, probation, draining, stopped, undone.
-    `unclaimed` are the inherited listeners that nobody has asked for yet. `over` is set when the service is this process's no more, or is to end.
+    `unclaimed` are the inherited listeners that nobody has asked for yet. `over` is set when the service is not this
+    process's any more, or is to end.
     """
 
     def __init__(
@@ -209,8 +210,8 @@ class Controller(ControlThread):
         self._yielded = True
         self.server.stop_accepting(frozenset(incumbent.ready.get("unused", ())))
 
-    def resume_service(self, incumbent: Incumbent) -> None:
-        """The takeover is off: accept again. Whatever a successor did to a shared listener's blocking mode is mended."""
+    def resume_service(self) -> None:
+        """The takeover is off: accept again. A listener that a successor has made blocking is mended."""
         for held in self.listeners:
             os.set_blocking(held.sock.fileno(), False)
         if self._yielded and self._listening is not None:
@@ -221,7 +222,7 @@ class Controller(ControlThread):
             self.server.start_accepting()
 
     def release_service(self, incumbent: Incumbent) -> None:
-        """The service belongs to the successor for good: what is left here drains, the listeners it has no use for too."""
+        """The service is the successor's for good: what is left here drains, listeners without use too."""
         self.state = "draining"
         for held in self.listeners:
             if held.name in incumbent.ready.get("unused", ()) and held.identity is not None:
@@ -262,7 +263,7 @@ class Controller(ControlThread):
     # What the service calls.
 
     def leave(self) -> None:
-        """This process is going to end: a takeover under way goes on without it, else the path and the lock are given up."""
+        """This process ends: a takeover under way goes on without it, else the path and the lock are free."""
         for exchange in list(self.exchanges):
             if exchange.machine.accepts(Local.LEAVING):
                 self.run_step(exchange, lambda: exchange.step(Local.LEAVING))  # noqa: B023

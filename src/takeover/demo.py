@@ -1,7 +1,7 @@
-"""`takeover demo`: the main job before the user's eyes, with real processes, and an account of what it cost the clients.
+"""`takeover demo`: the main job before the user's eyes, with real processes, and what it cost the clients.
 
-Some clients stay connected and talk all the time, new ones come all the while; three successors are started one after another,
-and one of them is killed in the middle of its takeover.
+Some clients stay connected and talk all the time, new ones come all the while; three successors are started one after
+another, and one of them is killed in the middle of its takeover.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Demo:
 
     async def _kill_half_way(self) -> None:
         self.tally.in_takeover = True
-        victim = subprocess.Popen(
+        victim = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
             [sys.executable, "-c", HALF_WAY, self._control, URL], stdout=subprocess.PIPE, stderr=self._log.open("ab")
         )
         self._processes.append(victim)
@@ -115,7 +115,8 @@ class Demo:
     async def _start_server(self, generation: int) -> None:
         command = [sys.executable, "-m", "takeover", "echo", "--listen", URL, "--control", self._control]
         options = ["--probation", "0.2", "--drain-timeout", "10"]
-        self._processes.append(subprocess.Popen([*command, *options], stderr=self._log.open("ab")))
+        server = subprocess.Popen([*command, *options], stderr=self._log.open("ab"))  # noqa: ASYNC220 - as above
+        self._processes.append(server)
         deadline = time.monotonic() + PATIENCE
         while self.status.get("generation") != generation or self.status.get("state") != "serving":
             if time.monotonic() > deadline:

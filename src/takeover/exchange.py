@@ -25,8 +25,8 @@ IDLE = frozenset({State.OWNER, State.STOPPING}) | FINAL
 class Exchange:
     """One Machine on one Link. Everything here runs in the control thread.
 
-    `boundary` is a seam for tests, which die or stop at it: it is called with the role and the step before and after each
-    action and at each message that arrives.
+    `boundary` is a seam for tests, which die or stop at it: it is called with the role and the step before and after
+    each action and at each message that arrives.
     """
 
     role: ClassVar[str]

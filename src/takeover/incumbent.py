@@ -105,7 +105,7 @@ class Incumbent(Exchange):
         if action is Do.STOP_ACCEPTING:
             self.owner.yield_service(self)
         elif action is Do.START_ACCEPTING:
-            self.owner.resume_service(self)
+            self.owner.resume_service()
         elif action is Do.TAKE_BACK:
             byte = os.read(self._token, 1) if self._token >= 0 else COMMIT_BYTE
             return {COMMIT_BYTE: Local.GOT_COMMIT, SETTLE_BYTE: Local.GOT_SETTLE}.get(byte, Local.GOT_NOTHING)

@@ -21,7 +21,7 @@ from .descriptors import describe
 from .errors import AddressError, ListenError
 
 BACKLOG = 4096
-"""Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn, whose default is 4096 since Linux 5.4.
+"""Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn, 4096 since Linux 5.4.
 
 A short queue costs two seconds: the SYN that finds it full is dropped, and sent again after 1 s and 2 s more.
 """
@@ -60,7 +60,7 @@ class Address(NamedTuple):
 
 
 def resolve(url: str) -> list[Address]:
-    """The addresses that a URL stands for: one, or one for each family of a name like localhost. Raises AddressError."""
+    """The addresses that a URL stands for: one, or one for each family of a name. Raises AddressError."""
     unix = _UNIX.match(url)
     if unix is not None:
         path = os.path.abspath(unix[1])
@@ -135,7 +135,7 @@ def _explain(call: str, url: str, error: OSError) -> ListenError:
     reason = {
         errno.EADDRINUSE: "somebody else is listening there; see who: ss -ltnpx",
         errno.EADDRNOTAVAIL: "this host has no such address; see which it has: ip address",
-        errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE, a UNIX path a folder that you may write to",
+        errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE, a UNIX path a writable folder",
         errno.ENOENT: "no such folder; make it first",
         errno.EMFILE: "no descriptors left; raise ulimit -n",
     }.get(error.errno or 0, error.strerror)

@@ -1,4 +1,4 @@
-"""The takeover as two tables of states, without I/O. docs/protocol.md tells the same in prose; its diagram is drawn from here.
+"""The takeover as two tables of states, without I/O. docs/protocol.md tells it in prose, its diagram drawn from here.
 
 Who owns the service is never a matter of opinion, nor of which message was the last to arrive. Among the descriptors
 that the incumbent hands over is the *token*: the reading end of a pipe that holds two bytes, COMMIT_BYTE and then
@@ -31,7 +31,7 @@ SETTLE_BYTE = b"s"
 
 
 class Limits(NamedTuple):
-    """Seconds. They are counted in ticks of this process while it runs, so that one that was stopped blames nobody else."""
+    """Seconds, counted in ticks of this process while it runs: one that was stopped blames nobody else for it."""
 
     heartbeat: float = 0.1
     silence: float = 0.8

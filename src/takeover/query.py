@@ -16,7 +16,7 @@ TIME_LIMIT = 5.0
 
 
 def _connect(control: ControlPath, deadline: float) -> Link:
-    """A link to the owner. The lock is looked at first, for merely to connect would end the original script's service."""
+    """A link to the owner. First a look at the lock, for merely to connect would end the original script's service."""
     while True:
         if not control.is_locked():
             raise NotRunning(f"nothing is running at {control.path}")
@@ -70,7 +70,7 @@ def _ask(path: str, kind: Type, time_limit: float) -> tuple[Link, Frame]:
 
 
 def status(path: str, *, time_limit: float = TIME_LIMIT) -> dict[str, Any]:
-    """What the owner says of itself: see docs/protocol.md, REPORT. Raises NotRunning, TimedOut or other TakeoverErrors."""
+    """What the owner says of itself: REPORT in docs/protocol.md. Raises NotRunning, TimedOut, other TakeoverErrors."""
     link, answer = _ask(path, Type.STATUS, time_limit)
     link.close()
     if answer.type is not Type.REPORT:

@@ -49,8 +49,8 @@ class Report(NamedTuple):
 class Service:
     """A place in a line of generations, from the request for the listeners to the end of the process.
 
-    The sockets that it returns are the caller's to accept on and to close; the control socket, the lock and the links are
-    its own. It may be used from any thread, and closes itself at the end of a `with` block.
+    The sockets that it returns are the caller's to accept on and to close; the control socket, the lock and the links
+    are its own. It may be used from any thread, and closes itself at the end of a `with` block.
     """
 
     def __init__(
@@ -108,9 +108,10 @@ class Service:
     def listen(self, url: str, *, name: str | None = None, backlog: int = listeners.BACKLOG) -> socket.socket:
         """The one socket of an address: adopted from the incumbent if it has it, else bound anew.
 
-        It is non-blocking and must stay so until ready() has returned: the incumbent shares it. A stream socket that was
-        bound anew listens from ready() on. It is the caller's; closing it gives the address up. Raises AddressError for
-        an address that is wrong, was asked for before or stands for several sockets, ListenError if it cannot be bound.
+        It is non-blocking and must stay so until ready() has returned: the incumbent shares it. A stream socket that
+        was bound anew listens from ready() on. It is the caller's; closing it gives the address up. Raises AddressError
+        for an address that is wrong, was asked for before or stands for several sockets, ListenError if it cannot be
+        bound.
         """
         socks = self.listen_all(url, name=name, backlog=backlog)
         if len(socks) != 1:
@@ -118,7 +119,7 @@ class Service:
         return socks[0]
 
     def listen_all(self, url: str, *, name: str | None = None, backlog: int = listeners.BACKLOG) -> list[socket.socket]:
-        """All sockets of an address: each member of an SO_REUSEPORT group, each family of a name. As listen() otherwise.
+        """All sockets of an address: each member of an SO_REUSEPORT group, each family of a name; else as listen().
 
         A group is adopted whole, also when the incumbent's is larger than was asked for: closing one member would
         reset what waits in its queue.
@@ -224,7 +225,8 @@ class Service:
     def wait(self, timeout: float | None = None) -> bool:
         """Blocks until the service is this process's no more: taken over, taken back, or asked to stop.
 
-        False if that did not happen within `timeout` seconds. What is left to do then is to serve what is open, and end.
+        False if that did not happen within `timeout` seconds. What is left to do then is to serve what is open, and
+        end.
         """
         return self._controller.over.wait(timeout)
 
@@ -233,7 +235,7 @@ class Service:
         return self._controller.ask(self._controller.status)
 
     def leave(self) -> None:
-        """Gives the service up: the path and the lock are free for a cold start, or go on with the successor at work."""
+        """Gives the service up: path and lock are free for a cold start, or go on with the successor at work."""
         self._controller.ask(self._controller.leave)
 
     def close(self) -> None:
@@ -323,7 +325,7 @@ class Service:
         if byte not in (LEGACY_BYTE, bytes([MAGIC])):
             link.close()
             raise ControlPathError(
-                f"control path {self._control.path}: somebody listens there who does not speak takeover; choose another path"
+                f"control path {self._control.path}: who listens there does not speak takeover; choose another path"
             )
         return byte or b""
 
