@@ -121,6 +121,8 @@ def _table(*rows: Row) -> Table:
 
 
 _GONE = (Local.LOST, Local.SILENT, Local.OVERTIME)
+# What may still be on its way from a successor that settled by itself, when the token was the first to tell.
+_SETTLED_BY_ITSELF = (Type.HEARTBEAT, Type.TAKEN, Type.READY, Type.ALIVE, Type.SETTLED)
 
 INCUMBENT = _table(
     (State.GREETING, (Type.JOIN,), State.OFFERING, (Do.OFFER,)),
@@ -132,7 +134,7 @@ INCUMBENT = _table(
     (State.OFFERING, (Local.OFFERED,), State.WARMING, ()),
     (State.OFFERING, (Type.HEARTBEAT,), State.OFFERING, ()),
     (State.OFFERING, (*_GONE, Local.FAIL, Type.ABORT), State.TAKING_BACK, (Do.TAKE_BACK,)),
-    (State.OFFERING, (Local.LEAVING,), State.CLOSED, (Do.CLOSE,)),
+    (State.OFFERING, (Local.LEAVING,), State.CLOSED, (Do.STOP_ACCEPTING, Do.RELEASE, Do.CLOSE)),
     (State.WARMING, (Type.HEARTBEAT,), State.WARMING, ()),
     (State.WARMING, (Type.READY,), State.COMMITTED, (Do.STOP_ACCEPTING, Type.COMMIT)),
     (State.WARMING, (*_GONE, Type.ABORT), State.TAKING_BACK, (Do.TAKE_BACK,)),
@@ -148,7 +150,7 @@ INCUMBENT = _table(
     (State.TAKING_BACK, (Local.GOT_COMMIT,), State.CLOSED, (Do.START_ACCEPTING, Type.ABORT, Do.CLOSE)),
     (State.TAKING_BACK, (Local.GOT_SETTLE,), State.CLOSED, (Do.START_ACCEPTING, Type.UNDO, Do.CLOSE)),
     (State.TAKING_BACK, (Local.GOT_NOTHING,), State.DRAINING, (Do.RELEASE, Type.DONE)),
-    (State.DRAINING, (Type.HEARTBEAT, Type.SETTLED), State.DRAINING, ()),
+    (State.DRAINING, _SETTLED_BY_ITSELF, State.DRAINING, ()),
     (State.DRAINING, (Local.LOST, Local.LEAVING), State.CLOSED, (Do.CLOSE,)),
     (State.STOPPING, (Local.LOST,), State.CLOSED, (Do.CLOSE,)),
 )
