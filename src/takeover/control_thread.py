@@ -6,6 +6,8 @@ neither status nor the next successor. While nothing is under way the thread sle
 
 Ticks are counted, not clocked: a tick that comes late counts once. So a process that was stopped and goes on finds what
 its peer sent in the meantime before it judges anybody's silence.
+
+What one event closes may have others pending in the same round, and its number may already be another's: they are dropped.
 """
 
 from __future__ import annotations
@@ -125,7 +127,9 @@ class ControlThread:
         while not self.ended.is_set():
             ticking = self._needs_ticks()
             for key, mask in self.selector.select(max(0.0, self._next_tick - time.monotonic()) if ticking else None):
-                key.data(mask)
+                still = self.selector.get_map().get(key.fd)
+                if still is not None and still.data is key.data:
+                    key.data(mask)
             while self._posted and not self.ended.is_set():
                 self._posted.popleft()()
             if ticking and time.monotonic() >= self._next_tick:
@@ -164,15 +168,16 @@ class ControlThread:
                 self.exchanges.pop(exchange, None)
             return
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if exchange.link.unsent else 0)
-        sock, _ = self.exchanges[exchange]
+        sock, pidfd = self.exchanges[exchange]
         if sock < 0:
-            sock, pidfd = exchange.link.fileno(), exchange.link.peer.pidfd
+            sock = exchange.link.fileno()
             self.selector.register(sock, events, lambda mask: self._ready(exchange, mask))
-            if pidfd is not None:
-                self.selector.register(pidfd, selectors.EVENT_READ, lambda _: self._on_event(exchange, exchange.died))
-            self.exchanges[exchange] = (sock, -1 if pidfd is None else pidfd)
         elif self.selector.get_key(sock).events != events:
             self.selector.modify(sock, events, self.selector.get_key(sock).data)
+        if pidfd < 0 and exchange.knows_peer and exchange.link.peer.pidfd is not None:
+            pidfd = exchange.link.peer.pidfd
+            self.selector.register(pidfd, selectors.EVENT_READ, lambda _: self.run_step(exchange, exchange.died))
+        self.exchanges[exchange] = (sock, pidfd)
 
     def _unregister(self, exchange: Exchange) -> None:
         for descriptor in self.exchanges.get(exchange, (-1, -1)):
