@@ -56,6 +56,11 @@ class Exchange:
         return self.machine.state in FINAL
 
     @property
+    def knows_peer(self) -> bool:
+        """Whether the process that the kernel named is the one at the other end, so that its death is the link's."""
+        return True
+
+    @property
     def needs_ticks(self) -> bool:
         """Whether time means anything in the present state."""
         return self.machine.state not in IDLE

@@ -85,6 +85,11 @@ class Successor(Exchange):
         self.machine.state = State.OWNER
         return self
 
+    @property
+    def knows_peer(self) -> bool:
+        """HELLO tells: the kernel names who called listen() last (unix(7)), maybe a successor that was undone and is dead."""
+        return self.state is not State.GREETING and self.link.peer.pid in (0, self.elder.pid)
+
     def owned(self) -> list[int]:
         return [self._token, *(kept.descriptor for kept in self.inherited)]
 
