@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+from processes import Room
 
 BACKENDS = ("cython", "python")
 
@@ -43,3 +45,10 @@ def fdpass(backend: str) -> ModuleType:
 def loop_module(backend: str) -> ModuleType:
     """The event-loop module of the backend."""
     return importlib.import_module("takeover._loop" if backend == "cython" else "takeover._loop_py")
+
+
+@pytest.fixture
+def room(backend: str) -> Iterator[Room]:
+    """A folder of its own for real processes on the backend; they are killed, and it is removed, at the end."""
+    with Room(backend) as room:
+        yield room

@@ -1,6 +1,7 @@
 """At every boundary of a takeover, either process is killed, stopped or hangs: one owner remains, and the next takeover works.
 
-The boundaries are recorded from a takeover that goes well, so the list cannot go stale.
+The boundaries are recorded from a takeover that goes well, so the list cannot go stale. The compiled backend goes through
+all of them, the plain one through every third: what they differ in is not the protocol.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from processes import FAST, Boundaries, Pounder, Program, Room, descriptors, eve
 CONVERGES = 5.0
 """Seconds; the guarantee is one, and a busy machine gets more."""
 
-PARALLEL = 6
+PARALLEL = 10
 PROBATION = 0.2
 HEARTBEATS = ("HEARTBEAT", "DRAINING", "COUNT")
 
@@ -73,7 +74,8 @@ def quiet(program: Program) -> dict[str, int] | None:
 
 
 def scenarios(backend: str, action: str) -> Iterator[Scenario]:
-    for step in record(backend).boundaries:
+    """Both victims at each boundary; a process can hang at its own only."""
+    for step in record(backend).boundaries[:: 1 if backend == "cython" else 3]:
         role = step.split()[0]
         for victim in ("incumbent", "successor"):
             if action != "hang" or victim == role:
@@ -144,15 +146,25 @@ def settle(room: Room, scenario: Scenario, programs: dict[str, Program], boundar
             return None
         room.wait_for_owner(survivor, CONVERGES)
         return survivor
-    eventually(lambda: room.owner() == survivor.pid or not survivor.running, "the survivor knows", CONVERGES)
+    eventually(lambda: notices(room, programs, survivor), "the survivor knows", CONVERGES)
     if scenario.action == "stop":
         victim.signal(signal.SIGCONT)
     boundaries.let_go()
-    owner = survivor if survivor.running and room.owner() == survivor.pid else victim
+    eventually(lambda: sum(each.running for each in programs.values()) == 1, f"one is left:\n{said(programs)}", CONVERGES)
+    owner, other = sorted(programs.values(), key=lambda each: not each.running)
     room.wait_for_owner(owner, CONVERGES)
-    other = survivor if owner is victim else victim
-    assert other.wait() == (0 if other is programs["incumbent"] else other.process.returncode or -1), said(programs)
+    assert (other.wait() == 0) is (other is programs["incumbent"]), said(programs)
     return owner
+
+
+def notices(room: Room, programs: dict[str, Program], survivor: Program) -> bool:
+    """Whether the survivor has found out: a successor owns the service or is over, an incumbent has called it off."""
+    if not survivor.running:
+        return True
+    if survivor is programs["successor"]:
+        return room.owner() == survivor.pid
+    asked = "asks for the service" in survivor.text
+    return room.owner() == survivor.pid and ("is off" in survivor.text or not asked)
 
 
 def check_load(scenario: Scenario, recording: Recording, load: Pounder) -> None:
@@ -176,7 +188,7 @@ def test_one_owner_remains_whoever_fails_at_whichever_boundary(backend: str, act
             failures[str(scenario)] = str(error)
 
     todo = list(scenarios(backend, action))
-    assert len(todo) > 30
+    assert len(todo) > (30 if backend == "cython" else 10)
     with ThreadPoolExecutor(PARALLEL) as pool:
         list(pool.map(attempt, todo))
     assert not failures, "\n\n".join(f"{scenario}: {text}" for scenario, text in failures.items())
