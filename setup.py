@@ -1,28 +1,39 @@
 """Builds the extension modules from ext/takeover; everything else is in pyproject.toml.
 
 TAKEOVER_EXT says what a compiler that is missing or fails means: "auto" (the default) a warning and a package that runs
-on plain Python, "require" an error, "skip" that nothing is compiled and the wheel is py3-none-any.
+on plain Python, "require" an error, also for a compiler's warning, "skip" that nothing is compiled and the wheel is
+py3-none-any.
 """
 
 import os
 import pathlib
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
-EXT = os.environ.get("TAKEOVER_EXT", "auto")
+EXT = os.environ.get("TAKEOVER_EXT") or "auto"
 if EXT not in ("auto", "require", "skip"):
     raise SystemExit(f"TAKEOVER_EXT={EXT}: must be auto, require or skip")
+SOURCES = pathlib.Path("ext/takeover")
 
-sources = [] if EXT == "skip" else sorted(pathlib.Path("ext/takeover").glob("*.pyx"))
-setup(
-    ext_modules=[
-        Extension(
-            f"takeover.{path.stem}",
-            [path.as_posix()],
-            include_dirs=["ext"],
-            optional=EXT == "auto",
-            extra_compile_args=["-O2", "-Wall", "-Werror", "-Wno-unreachable-code"],
-        )
-        for path in sources
-    ],
-)
+
+class BuildWithInterfaces(build_py):
+    """Puts the .pxd beside the compiled modules, so that other extension modules can cimport them."""
+
+    def run(self) -> None:
+        super().run()
+        for path in () if self.editable_mode else SOURCES.glob("*.pxd"):
+            self.copy_file(str(path), os.path.join(self.build_lib, "takeover"))
+
+
+extension_modules = [
+    Extension(
+        f"takeover.{path.stem}",
+        [path.as_posix()],
+        include_dirs=["ext"],
+        optional=EXT == "auto",
+        extra_compile_args=["-O2", "-Wall", "-Wno-unreachable-code", *(["-Werror"] if EXT == "require" else [])],
+    )
+    for path in ([] if EXT == "skip" else sorted(SOURCES.glob("*.pyx")))
+]
+setup(ext_modules=extension_modules, cmdclass={"build_py": BuildWithInterfaces})
