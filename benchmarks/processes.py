@@ -29,11 +29,10 @@ def raise_descriptor_limit() -> int:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a child: it can import the benchmarks, and takeover from src/ if it is not installed."""
-    paths = [str(ROOT)]
-    if importlib.util.find_spec("takeover") is None:
-        paths.append(str(ROOT / "src"))
-    paths.append(os.environ.get("PYTHONPATH", ""))
+    """The environment of a child in any folder: the takeover that this process would import, else the one in src/."""
+    spec = importlib.util.find_spec("takeover")
+    package = pathlib.Path(spec.origin).absolute().parent if spec and spec.origin else ROOT / "src" / "takeover"
+    paths = [str(ROOT), str(package.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **extra}
 
 
@@ -100,6 +99,12 @@ def private_memory(pid: int) -> int:
         if line.startswith(("Private_Clean:", "Private_Dirty:", "Private_Hugetlb:")):
             kib += int(line.split()[1])
     return kib * 1024
+
+
+def stolen_ms() -> int:
+    """CPU time that the hypervisor has given to others instead of to this machine so far (proc(5), /proc/stat)."""
+    ticks = int(pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[8])
+    return ticks * 1000 // os.sysconf("SC_CLK_TCK")
 
 
 def descriptors(pid: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .build import program
 from .plan import Plan
-from .processes import LOAD_CPU, end, start
+from .processes import LOAD_CPU, end, start, stolen_ms
 from .restart_rivals import RIVALS, Rival
 
 NO_RESTART, RESTARTS = "no restart", "restarts"
@@ -24,6 +24,7 @@ class Arrivals:
     """The generator of new clients; `finish` ends it and gives what it saw."""
 
     def __init__(self, rival: Rival) -> None:
+        self.stolen_before = stolen_ms()
         self.timeline_path = rival.folder / "timeline"
         options: dict[str, object] = {"port": rival.port, "rate": rival.rate, "http": int(rival.http)}
         options |= {"seconds": LONGEST_RUN, "timeline": self.timeline_path}
@@ -42,7 +43,8 @@ class Arrivals:
         if self.process.returncode:
             raise RuntimeError(f"load_arrivals: {complaint.strip() or self.process.returncode}")
         lines = self.timeline_path.read_text().splitlines()
-        return json.loads(out), [[int(word) for word in line.split()] for line in lines]
+        seen = json.loads(out) | {"stolen_ms": stolen_ms() - self.stolen_before}
+        return seen, [[int(word) for word in line.split()] for line in lines]
 
 
 def observe(
@@ -106,6 +108,7 @@ def record(plan: Plan, case: str, subject: str, kind: str, seen: dict[str, Any])
         first_byte_max_ms=seen["first_byte_max_ms"],
         gap_max_ms=max(seen["gaps_ms"], default=seen["gap_max_ms"]),
         own_stall_ms=seen["own_stall_ms"],
+        stolen_ms=seen["stolen_ms"],
     )
     if takes:
         row.add(restart_ms=sorted(takes)[len(takes) // 2], restarts=len(takes))
