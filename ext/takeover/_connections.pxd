@@ -8,7 +8,7 @@ to another loop or process is the descriptor, `flags` and the chunks from `head`
 from libc.errno cimport EAGAIN, EINTR, ENOMEM, errno
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
 cdef extern from "<sys/socket.h>" nogil:
@@ -245,6 +245,7 @@ cdef inline int flush(Core *core, Connection *connection) noexcept nogil:
     cdef ssize_t sent
     cdef size_t part
     cdef int count
+    memset(&message, 0, sizeof(message))
     while connection.unsent:
         count = 0
         chunk = connection.head
@@ -253,7 +254,8 @@ cdef inline int flush(Core *core, Connection *connection) noexcept nogil:
             vector[count].iov_len = chunk.end - chunk.start
             count += 1
             chunk = chunk.next
-        message = msghdr(msg_iov=vector, msg_iovlen=<size_t>count)
+        message.msg_iov = vector
+        message.msg_iovlen = count
         sent = sendmsg(connection.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
         if sent < 0:
             if errno == EINTR:

@@ -17,11 +17,14 @@ from takeover._transport cimport Transport, open_transport
 
 import os
 
-from takeover._native import ECHO
+from takeover import _native
 from takeover._schedule import Schedule, Timer, log
 from takeover._sockets import SHORTAGES, Backoff, name_of, prepare_listener
 
 __all__ = ["ECHO", "Handler", "Listener", "Loop", "Timer"]
+
+ECHO = _native.ECHO
+globals()["Handler"] = _native.Handler  # as a Python name too
 
 
 cdef class Listener:

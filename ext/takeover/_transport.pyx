@@ -176,7 +176,7 @@ cdef class Transport:
         return not self.closing() and not self.connection.flags & PAUSED
 
     def get_extra_info(self, name, default=None):
-        """"peername" and "sockname" (also after the connection is lost), "socket" (a TransportSocket)."""
+        """The "peername" and "sockname" (also after the connection is lost), "socket" (a TransportSocket)."""
         if name == "peername":
             return self.peer_path if self.family == AF_UNIX else inet_address(self.peer, self.family)
         if name == "sockname":

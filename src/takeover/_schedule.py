@@ -136,7 +136,7 @@ class Schedule:
                 self.call_soon(callback, *args)
 
     def catch_signals(self) -> bool:
-        """Have the interpreter write signals' numbers to the pipe; True if that is new. Main thread only, else False."""
+        """Have signals' numbers written to the pipe; True if that is new, False on another than the main thread."""
         if self._former_wakeup is not None or threading.current_thread() is not threading.main_thread():
             return False
         self._former_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)

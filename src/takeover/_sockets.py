@@ -83,7 +83,7 @@ class Backoff:
 
 
 class TransportSocket:
-    """What get_extra_info("socket") gives: the options and names of a transport's socket, but not its descriptor to own.
+    """What get_extra_info("socket") gives: the options and names of a transport's socket, but not its descriptor.
 
     It asks the transport for the descriptor at each call, so it can neither close it nor use one that was closed:
     after the connection is lost, fileno() is -1 and everything else raises OSError (EBADF).

@@ -1,0 +1,318 @@
+"""A connection as asyncio knows it: the plain twin of the compiled transport."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+from typing import TYPE_CHECKING, Any
+
+from ._schedule import log
+from ._sockets import TransportSocket
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from ._loop_py import Loop
+
+RECEIVE = 256 << 10
+VECTOR = 64
+
+
+class Transport:
+    """asyncio.Transport over one accepted socket, which it owns and closes after connection_lost.
+
+    Made by the loop only. Everything in here is called on the loop's thread.
+    """
+
+    __slots__ = (
+        "_backlog",
+        "_closing",
+        "_eof_received",
+        "_eof_written",
+        "_full",
+        "_high",
+        "_local",
+        "_loop",
+        "_lost",
+        "_low",
+        "_paused",
+        "_peer",
+        "_protocol",
+        "_sock",
+        "_unsent",
+        "_watched",
+    )
+
+    def __init__(self, loop: Loop, sock: socket.socket, peer: Any, protocol: asyncio.Protocol) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._peer = peer
+        self._local: Any = None
+        self._protocol: asyncio.Protocol | None = protocol
+        self._backlog: list[memoryview] = []
+        self._unsent = 0
+        self._high, self._low = 65536, 16384
+        self._watched = 0
+        self._paused = self._full = self._eof_received = self._eof_written = self._closing = self._lost = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send bytes, bytearray or memoryview; what the kernel does not take at once is copied and sent later."""
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+        if self._eof_written:
+            raise RuntimeError("Cannot call write() after write_eof()")
+        if isinstance(data, memoryview):
+            data = data.cast("B") if data.c_contiguous else data.tobytes()
+        if not data or self._closing or self._lost:
+            return
+        sent = 0
+        if not self._unsent:
+            try:
+                sent = self._sock.send(data, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self._lose(error)
+                return
+            if sent == len(data):
+                return
+        self._backlog.append(memoryview(bytes(memoryview(data)[sent:])))
+        self._unsent += len(data) - sent
+        self._arm()
+        self._fill()
+
+    def writelines(self, list_of_data: Any) -> None:
+        """Send the items as if they were one."""
+        self.write(b"".join(list_of_data))
+
+    def write_eof(self) -> None:
+        """Send FIN behind what is still to be sent; the peer can go on sending."""
+        if self.is_closing() or self._eof_written:
+            return
+        self._eof_written = True
+        if not self._unsent:
+            self._shut_down()
+
+    def can_write_eof(self) -> bool:
+        """True."""
+        return True
+
+    def close(self) -> None:
+        """Read no more, send what is still to be sent, then close."""
+        if self.is_closing():
+            return
+        self._closing = True
+        if self._unsent:
+            self._arm()
+        else:
+            self._lose(None)
+
+    def abort(self) -> None:
+        """Close without sending what is still to be sent."""
+        self._lose(None)
+
+    def is_closing(self) -> bool:
+        """Whether close() or abort() was called or the connection is over."""
+        return self._closing or self._lost
+
+    def pause_reading(self) -> None:
+        """No data_received until resume_reading()."""
+        if not self.is_closing():
+            self._paused = True
+            self._arm()
+
+    def resume_reading(self) -> None:
+        """Undo pause_reading()."""
+        if not self.is_closing():
+            self._paused = False
+            self._arm()
+
+    def is_reading(self) -> bool:
+        """Whether neither paused nor closing."""
+        return not self.is_closing() and not self._paused
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """The "peername" and "sockname" (also after the connection is lost), "socket" (a TransportSocket)."""
+        if name == "peername":
+            return self._peer
+        if name == "sockname":
+            self._learn_local_name()
+            return default if self._local is None else self._local
+        if name == "socket":
+            return TransportSocket(self._sock.fileno, self._sock.family)
+        return default
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Water marks in bytes for pause_writing and resume_writing; 64 KiB and a quarter of `high` by default."""
+        if high is None:
+            high = 65536 if low is None else 4 * low
+        if low is None:
+            low = high // 4
+        if not high >= low >= 0:
+            raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
+        self._high, self._low = high, low
+        if not self.is_closing():
+            self._fill()
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        """(low, high) in bytes."""
+        return self._low, self._high
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes that are yet to be sent."""
+        return self._unsent
+
+    def set_protocol(self, protocol: Any) -> None:
+        """Make another protocol the one whose methods are called."""
+        self._protocol = protocol
+
+    def get_protocol(self) -> Any:
+        """The protocol; None after connection_lost."""
+        return self._protocol
+
+    def __repr__(self) -> str:
+        fd = self._sock.fileno()
+        state = "closed" if fd < 0 else "closing" if self.is_closing() else "open"
+        return f"<Transport fd={fd} {state}>"
+
+    def _fileno(self) -> int:
+        return self._sock.fileno()
+
+    def begin(self) -> None:
+        self._arm()
+        try:
+            self._protocol.connection_made(self)  # type: ignore[union-attr, arg-type]
+        except BaseException as error:
+            self._failed("connection_made", error)
+
+    def ready(self, events: int) -> None:
+        """Serve what the selector reports."""
+        if self._unsent and events & selectors.EVENT_WRITE:
+            self._send_backlog()
+        if events & selectors.EVENT_READ and not (self._paused or self._eof_received or self._closing or self._lost):
+            self._receive()
+
+    def lose(self) -> bool:
+        """Abort; False if it was over already."""
+        if self._lost:
+            return False
+        self._lose(None)
+        return True
+
+    def _receive(self) -> None:
+        try:
+            data = self._sock.recv(RECEIVE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(error)
+            return
+        if not data:
+            self._end_of_file()
+            return
+        try:
+            self._protocol.data_received(data)  # type: ignore[union-attr]
+        except BaseException as error:
+            self._failed("data_received", error)
+
+    def _end_of_file(self) -> None:
+        keep_open = False
+        self._eof_received = True
+        try:
+            keep_open = bool(self._protocol.eof_received())  # type: ignore[union-attr]
+        except BaseException as error:
+            self._failed("eof_received", error)
+        if keep_open:
+            self._arm()
+        else:
+            self.close()
+
+    def _send_backlog(self) -> None:
+        try:
+            while self._unsent:
+                sent = self._sock.sendmsg(self._backlog[:VECTOR], [], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+                self._unsent -= sent
+                done = 0
+                while sent and sent >= len(self._backlog[done]):
+                    sent -= len(self._backlog[done])
+                    done += 1
+                del self._backlog[:done]
+                if sent:
+                    self._backlog[0] = self._backlog[0][sent:]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose(error)
+            return
+        if self._full and self._unsent <= self._low:
+            self._full = False
+            try:
+                self._protocol.resume_writing()  # type: ignore[union-attr]
+            except BaseException as error:
+                self._failed("resume_writing", error)
+        if not self._unsent and not self._lost:
+            self._arm()
+            if self._closing:
+                self._lose(None)
+            elif self._eof_written:
+                self._shut_down()
+
+    def _fill(self) -> None:
+        if self._unsent > self._high and not self._full:
+            self._full = True
+            try:
+                self._protocol.pause_writing()  # type: ignore[union-attr]
+            except BaseException as error:
+                self._failed("pause_writing", error)
+
+    def _arm(self) -> None:
+        wanted = 0
+        if not (self._paused or self._eof_received or self._closing or self._lost):
+            wanted |= selectors.EVENT_READ
+        if self._unsent:
+            wanted |= selectors.EVENT_WRITE
+        self._loop.watch(self._sock, self._watched, wanted, self)
+        self._watched = wanted
+
+    def _shut_down(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the peer has reset the connection, which the next read tells
+
+    def _lose(self, error: BaseException | None) -> None:
+        """The connection is over: nothing is read or sent any more, and connection_lost(error) is on its way."""
+        if not self._lost:
+            self._lost = True
+            self._backlog.clear()
+            self._unsent = 0
+            self._arm()
+            self._loop.call_soon(self._connection_lost, error)
+
+    def _failed(self, callback: str, error: BaseException) -> None:
+        """A callback raised: say so and give the connection up; but what is to end the program goes on its way."""
+        self._lose(error)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise error
+        log.error("%s of %r raised; its connection is aborted", callback, self._protocol, exc_info=error)
+
+    def _learn_local_name(self) -> None:
+        if self._local is None and self._sock.fileno() >= 0:
+            try:
+                self._local = self._sock.getsockname()
+            except OSError:
+                pass
+
+    def _connection_lost(self, error: Exception | None) -> None:
+        protocol, self._protocol = self._protocol, None
+        try:
+            protocol.connection_lost(error)  # type: ignore[union-attr]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            log.exception("connection_lost of %r raised", protocol)
+        finally:
+            self._learn_local_name()
+            self._loop.forget(self)
+            os.close(self._sock.detach())
