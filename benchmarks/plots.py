@@ -60,7 +60,11 @@ def _echo(document: Document, figure: Any) -> bool:
 
 def _single(case: str, measure: str, title: str, unit: str, scale: float = 1) -> Callable[[Document, Any], bool]:
     def draw(document: Document, figure: Any) -> bool:
-        rows = [row for row in document.rows if row.case == case and row.subject != AGAIN and row.median(measure)]
+        rows = [
+            row
+            for row in document.rows
+            if row.case == case and row.subject != AGAIN and row.median(measure) is not None
+        ]
         if not rows:
             return False
         values = [(row.median(measure) or 0) / scale for row in rows]
@@ -84,6 +88,11 @@ def _passing(document: Document, figure: Any) -> bool:
         points = [(int(row.cell.split()[0]), row.median("ns")) for row in rows if row]
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=subject)
     axes.set(xscale="log", yscale="log", xlabel="descriptors in a message", ylabel="ns for each")
+    axes.set_xticks([int(cell.split()[0]) for cell in cells], minor=False)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.suptitle("Passing descriptors between processes: sent, received, closed")
     figure.set_size_inches(7, 4)

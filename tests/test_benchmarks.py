@@ -90,6 +90,22 @@ def test_a_small_run_measures_a_rival_beside_the_reference(tmp_path: pathlib.Pat
     assert "select.epoll" in report.stdout and "64 B × 100" in report.stdout
 
 
+def test_a_target_is_judged_by_the_median_of_the_rounds_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.results import Document
+    from benchmarks.subjects import REFERENCE
+    from benchmarks.targets import NATIVE, targets
+
+    document = Document()
+    for cell, ours in (("64 B × 100", (1.0, 1.02, 9.0)), ("64 B × 100, 16 in flight", (1.0, 1.2, 1.3))):
+        for ratio in ours:
+            document.row("echo", cell, REFERENCE, REFERENCE).add(cpu_ns=100)
+            document.row("echo", cell, NATIVE, REFERENCE).add(cpu_ns=100 * ratio)
+    one, many = targets(document)
+    assert "one in flight" in one.what and one.reached and "1.02" in one.measured
+    assert "16 in flight" in many.what and not many.reached and "1.20" in many.measured
+
+
 def test_an_unknown_case_is_wrong_usage() -> None:
     done = benchmarks("no-such-case")
     assert done.returncode == 2
