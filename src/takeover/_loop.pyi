@@ -5,16 +5,19 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
+from typing_extensions import disjoint_base
+
+from ._schedule import Timer
+
+__all__ = ["ECHO", "Handler", "Listener", "Loop", "Timer"]
+
+@disjoint_base
 class Handler:
     """A compiled connection handler; see the C-level interface in _loop.pxd. Made by extension modules only."""
 
 ECHO: Final[Handler]
 
-class Timer:
-    def cancel(self) -> None: ...
-    def cancelled(self) -> bool: ...
-    def when(self) -> float: ...
-
+@disjoint_base
 class Listener:
     @property
     def socket(self) -> socket.socket: ...
@@ -25,6 +28,7 @@ class Listener:
     def start(self) -> None: ...
     def stop(self) -> None: ...
 
+@disjoint_base
 class Loop:
     def time(self) -> float: ...
     def run(self) -> None: ...
