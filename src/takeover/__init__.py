@@ -15,16 +15,15 @@ Guarantees, each with a test that fails without it:
 
 from __future__ import annotations
 
-from . import errors
-from ._backend import backend
-from ._backend import loop as _loop
+from . import _backend, errors
 from ._version import VERSION as __version__
 from .controller import Server
 from .protocol import Limits
 from .server import serve
 from .service import Report, Service, join
 
-ECHO = _loop.ECHO
-Loop = _loop.Loop
+backend = _backend.backend
+ECHO = _backend.loop.ECHO
+Loop = _backend.loop.Loop
 
 __all__ = ["ECHO", "Limits", "Loop", "Report", "Server", "Service", "__version__", "backend", "errors", "join", "serve"]
