@@ -15,15 +15,45 @@ Guarantees, each with a test that fails without it:
 
 from __future__ import annotations
 
-from . import _backend, errors
-from ._version import VERSION as __version__
-from .controller import Server
-from .protocol import Limits
-from .server import serve
-from .service import Report, Service, join
+from typing import TYPE_CHECKING, Any
 
-backend = _backend.backend
-ECHO = _backend.loop.ECHO
-Loop = _backend.loop.Loop
+from ._version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from . import errors as errors
+    from ._backend import ECHO, Loop, backend
+    from .controller import Server
+    from .protocol import Limits
+    from .server import serve
+    from .service import Report, Service, join
 
 __all__ = ["ECHO", "Limits", "Loop", "Report", "Server", "Service", "__version__", "backend", "errors", "join", "serve"]
+
+_HOMES = {
+    "ECHO": "_backend",
+    "Limits": "protocol",
+    "Loop": "_backend",
+    "Report": "service",
+    "Server": "controller",
+    "Service": "service",
+    "backend": "_backend",
+    "join": "service",
+    "serve": "server",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name at its first use: `import takeover` is to cost a command line next to nothing."""
+    import importlib
+
+    if name == "errors":
+        return importlib.import_module(".errors", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -32,3 +32,5 @@ def _choose(wanted: str) -> tuple[str, ModuleType, ModuleType]:
 
 
 backend, fdpass, loop = _choose(os.environ.get("TAKEOVER_BACKEND") or "auto")
+ECHO = loop.ECHO
+Loop = loop.Loop
