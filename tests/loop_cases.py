@@ -75,7 +75,7 @@ class Case:
         def on_the_loop() -> None:
             try:
                 result.put((function(*args), None))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised again by the caller
                 result.put((None, error))
 
         self.post(on_the_loop)
@@ -157,11 +157,14 @@ class AsyncioCase(Case):
 
     def serve(self, listener: socket.socket, factory: Callable[[], Any]) -> Any:
         listener.setblocking(False)
+
         def recorded() -> Any:
             self.made.append(factory())
             return self.made[-1]
 
-        return asyncio.run_coroutine_threadsafe(self.loop.create_server(recorded, sock=listener), self.loop).result(LIMIT)
+        return asyncio.run_coroutine_threadsafe(self.loop.create_server(recorded, sock=listener), self.loop).result(
+            LIMIT
+        )
 
     def close(self) -> None:
         def abort() -> None:

@@ -215,6 +215,8 @@ cdef class Loop:
         catching = self.schedule.catch_signals()
         try:
             while True:
+                if self.core.attention:
+                    self.attend()
                 if self.stopping or self.ready:
                     deadline = 0
                 else:
@@ -227,8 +229,6 @@ cdef class Loop:
                     PyErr_CheckSignals()
                 else:
                     self.dispatch(left)
-                if self.core.attention:
-                    self.attend()
                 if self.ready or self.timers:
                     self.schedule.run_due()
                 if self.stopping:

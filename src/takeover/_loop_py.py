@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import selectors
 import socket
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from ._schedule import Schedule, Timer, log
+from ._schedule import Schedule, Timer
 from ._sockets import PASSING_ERRORS, SHORTAGES, Backoff, name_of, prepare_listener
 from ._transport_py import Transport
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import asyncio
 
 __all__ = ["ECHO", "Handler", "Listener", "Loop", "Timer"]
+
+log = logging.getLogger("takeover")
 
 BATCH = 128  # connections that are accepted before others get their turn
 EVENT_READ = selectors.EVENT_READ
@@ -100,7 +103,7 @@ class Listener:
         self._backoff.cancel()
         self._pausing = False
 
-    def ready(self, events: int) -> None:
+    def ready(self, _events: int) -> None:
         """Accept a batch."""
         if self._place < 0:
             return
@@ -122,8 +125,8 @@ class Listener:
                 sock.close()
                 raise
             except BaseException:
-                sock.close()
                 log.exception("protocol factory %r raised; the connection that it was for is closed", self._factory)
+                sock.close()
                 continue
             self.accepted += 1
             self._pausing = False
@@ -279,7 +282,7 @@ class Loop:
         """Put back what handled the signal before. Returns whether there was a handler."""
         return self.schedule.remove_signal_handler(signum)
 
-    def ready(self, events: int) -> None:
+    def ready(self, _events: int) -> None:
         """The wakeup pipe is readable."""
         self.schedule.woken()
 
@@ -306,14 +309,14 @@ class Loop:
 
     def admit(self, transport: Transport) -> None:
         """Serve a connection."""
-        fd = transport._fileno()
+        fd = transport.fileno()
         self.take_place(fd)
         self.transports[fd] = transport
         transport.begin()
 
     def forget(self, transport: Transport) -> None:
         """A connection is over; its descriptor is about to be closed."""
-        del self.transports[transport._fileno()]
+        del self.transports[transport.fileno()]
         self._look_whether_empty()
 
     def _look_whether_empty(self) -> None:

@@ -23,7 +23,7 @@ def _ignore(signum: int, frame: FrameType | None) -> None:
 class Timer:
     """A callback that is yet to run; cancel() lets go of it and of its arguments at once."""
 
-    __slots__ = ("_args", "_callback", "_schedule", "_when")
+    __slots__ = ("_args", "_callback", "_when", "schedule")
 
     def __init__(self, when: float, callback: Callable[..., object], args: tuple[Any, ...]) -> None:
         if not callable(callback):
@@ -31,13 +31,13 @@ class Timer:
         self._when = when
         self._callback: Callable[..., object] | None = callback
         self._args = args
-        self._schedule: Schedule | None = None
+        self.schedule: Schedule | None = None
 
     def cancel(self) -> None:
         if self._callback is not None:
             self._callback, self._args = None, ()
-            if self._schedule is not None:
-                self._schedule.forget_cancelled()
+            if self.schedule is not None:
+                self.schedule.forget_cancelled()
 
     def cancelled(self) -> bool:
         return self._callback is None
@@ -95,7 +95,7 @@ class Schedule:
     def call_at(self, when: float, callback: Callable[..., object], *args: Any) -> Timer:
         self._check()
         timer = Timer(when, callback, args)
-        timer._schedule = self
+        timer.schedule = self
         self._sequence += 1
         heapq.heappush(self.timers, (when, self._sequence, timer))
         return timer
@@ -114,7 +114,7 @@ class Schedule:
             now = time.monotonic()
             while self.timers and (self.timers[0][0] <= now or self.timers[0][2].cancelled()):
                 timer = heapq.heappop(self.timers)[2]
-                timer._schedule = None
+                timer.schedule = None
                 if timer.cancelled():
                     self._cancelled -= 1
                 else:

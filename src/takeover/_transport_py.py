@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import selectors
 import socket
 from typing import TYPE_CHECKING, Any
 
-from ._schedule import log
 from ._sockets import TransportSocket
 
 if TYPE_CHECKING:
     import asyncio
 
     from ._loop_py import Loop
+
+log = logging.getLogger("takeover")
 
 RECEIVE = 256 << 10
 VECTOR = 64
@@ -176,15 +179,12 @@ class Transport:
         state = "closed" if fd < 0 else "closing" if self.is_closing() else "open"
         return f"<Transport fd={fd} {state}>"
 
-    def _fileno(self) -> int:
+    def fileno(self) -> int:
         return self._sock.fileno()
 
     def begin(self) -> None:
         self._arm()
-        try:
-            self._protocol.connection_made(self)  # type: ignore[union-attr, arg-type]
-        except BaseException as error:
-            self._failed("connection_made", error)
+        self._tell("connection_made", self)
 
     def ready(self, events: int) -> None:
         """Serve what the selector reports."""
@@ -208,22 +208,11 @@ class Transport:
         except OSError as error:
             self._lose(error)
             return
-        if not data:
-            self._end_of_file()
+        if data:
+            self._tell("data_received", data)
             return
-        try:
-            self._protocol.data_received(data)  # type: ignore[union-attr]
-        except BaseException as error:
-            self._failed("data_received", error)
-
-    def _end_of_file(self) -> None:
-        keep_open = False
         self._eof_received = True
-        try:
-            keep_open = bool(self._protocol.eof_received())  # type: ignore[union-attr]
-        except BaseException as error:
-            self._failed("eof_received", error)
-        if keep_open:
+        if self._tell("eof_received"):
             self._arm()
         else:
             self.close()
@@ -247,10 +236,7 @@ class Transport:
             return
         if self._full and self._unsent <= self._low:
             self._full = False
-            try:
-                self._protocol.resume_writing()  # type: ignore[union-attr]
-            except BaseException as error:
-                self._failed("resume_writing", error)
+            self._tell("resume_writing")
         if not self._unsent and not self._lost:
             self._arm()
             if self._closing:
@@ -261,10 +247,7 @@ class Transport:
     def _fill(self) -> None:
         if self._unsent > self._high and not self._full:
             self._full = True
-            try:
-                self._protocol.pause_writing()  # type: ignore[union-attr]
-            except BaseException as error:
-                self._failed("pause_writing", error)
+            self._tell("pause_writing")
 
     def _arm(self) -> None:
         wanted = 0
@@ -276,10 +259,8 @@ class Transport:
         self._watched = wanted
 
     def _shut_down(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the peer has reset the connection, which the next read tells
             self._sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # the peer has reset the connection, which the next read tells
 
     def _lose(self, error: BaseException | None) -> None:
         """The connection is over: nothing is read or sent any more, and connection_lost(error) is on its way."""
@@ -290,19 +271,22 @@ class Transport:
             self._arm()
             self._loop.call_soon(self._connection_lost, error)
 
-    def _failed(self, callback: str, error: BaseException) -> None:
-        """A callback raised: say so and give the connection up; but what is to end the program goes on its way."""
-        self._lose(error)
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise error
-        log.error("%s of %r raised; its connection is aborted", callback, self._protocol, exc_info=error)
+    def _tell(self, callback: str, *args: Any) -> Any:
+        """Call the protocol. If it raises, say so and give the connection up; what is to end the program goes on."""
+        try:
+            return getattr(self._protocol, callback)(*args)
+        except (KeyboardInterrupt, SystemExit) as error:
+            self._lose(error)
+            raise
+        except BaseException as error:
+            log.exception("%s of %r raised; its connection is aborted", callback, self._protocol)
+            self._lose(error)
+            return None
 
     def _learn_local_name(self) -> None:
         if self._local is None and self._sock.fileno() >= 0:
-            try:
+            with contextlib.suppress(OSError):
                 self._local = self._sock.getsockname()
-            except OSError:
-                pass
 
     def _connection_lost(self, error: Exception | None) -> None:
         protocol, self._protocol = self._protocol, None
