@@ -61,6 +61,13 @@ def descriptors(pid: int) -> Counter[str]:
     return kinds
 
 
+def descriptors_at_rest(pid: int) -> dict[str, int] | None:
+    """What a process holds open, if no link is and nothing changes for a moment."""
+    held = descriptors(pid)
+    time.sleep(0.02)
+    return dict(held) if held == descriptors(pid) and "anon_inode:[pidfd" not in held else None
+
+
 class Program:
     """One process and the lines that it writes; it is killed at the end of its room, by its pid."""
 
@@ -114,11 +121,19 @@ class Program:
     def signal(self, signum: int) -> None:
         self.process.send_signal(signum)
 
+    def tell(self, line: str = "") -> None:
+        """Writes a line to its standard input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n".encode())
+        self.process.stdin.flush()
+
     def end(self) -> None:
         """Kills what is left, and frees its pipe."""
         if self.running:
             self.process.kill()
         self.process.wait(LIMIT)
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         if self.process.stdout is not None:
             self._reader.join(1)
             if not self._reader.is_alive():
@@ -163,6 +178,17 @@ class Room:
         """Starts the echo server: programs/echo.py with the options of serve(), quicker to start than the command."""
         settings = {"listen": [self.url], "control": self.control, "probation": 0.0, **options}
         return self.program("echo.py", {"options": settings, **(argument or {})})
+
+    def dismiss(self, program: Program) -> None:
+        """Forgets a program that has ended."""
+        program.end()
+        self.programs.remove(program)
+
+    def member(self, listen: Sequence[str] | None = None, **options: Any) -> Program:
+        """Starts programs/member.py, a server on join(); what it reads on standard input is `tell`'s."""
+        join = {"control": self.control, "probation": 0.0, **options.pop("join", {})}
+        wishes = {"listen": listen or [self.url], "join": join, **options}
+        return self.program("member.py", wishes, stdin=subprocess.PIPE)
 
     def status(self, time_limit: float = 2.0) -> dict[str, Any]:
         return query.status(self.control, time_limit=time_limit)

@@ -7,14 +7,13 @@ all of them, the plain one through every third: what they differ in is not the p
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
 import pytest
-from processes import FAST, Boundaries, Pounder, Program, Room, descriptors, eventually
+from processes import FAST, Boundaries, Pounder, Program, Room, descriptors_at_rest, eventually
 
 CONVERGES = 5.0
 """Seconds; the guarantee is one, and a busy machine gets more."""
@@ -61,16 +60,9 @@ def record(backend: str) -> Recording:
         last.wait_for("took over")
         assert new.wait() == 0
         room.wait_for_owner(last)
-        held = eventually(lambda: quiet(last), "the owner has closed the link to its predecessor")
+        held = eventually(lambda: descriptors_at_rest(last.pid), "the owner has closed the link to its predecessor")
     boundaries.close()
     return Recording(seen, held)
-
-
-def quiet(program: Program) -> dict[str, int] | None:
-    """What a process holds, when twice in a row it is the same."""
-    held = descriptors(program.pid)
-    time.sleep(0.02)
-    return dict(held) if held == descriptors(program.pid) else None
 
 
 def scenarios(backend: str, action: str) -> Iterator[Scenario]:
@@ -122,7 +114,7 @@ def play(backend: str, scenario: Scenario) -> None:
             if owner is not None:
                 check_load(scenario, recording, load)
             load.stop()
-            eventually(lambda: quiet(last) == recording.held, f"{descriptors(last.pid)} should be {recording.held}")
+            eventually(lambda: descriptors_at_rest(last.pid) == recording.held, f"it holds {recording.held}")
             last.signal(signal.SIGTERM)
             assert last.wait() == 0
             assert room.left_behind() == []

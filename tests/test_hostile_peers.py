@@ -1,0 +1,223 @@
+"""Broken and hostile peers on the control socket: bounded, closed, and nobody else is kept waiting (F12, D10, S4)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from processes import FAST, LIMIT, Program, Room, descriptors_at_rest, eventually
+
+from takeover.wire import HEADER, MAGIC, Decoder, Type, encode
+
+JOIN = {
+    "version": 1,
+    "capabilities": [],
+    "room": 1000,
+    "dry_run": False,
+    "build": "0",
+    "pid": 1,
+    "service": "echo",
+}
+
+
+def knock(room: Room) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(LIMIT)
+    sock.connect(room.control)
+    return sock
+
+
+def hangs_up(sock: socket.socket) -> bool:
+    """Reads to the end, which comes before the socket's time limit."""
+    with contextlib.suppress(ConnectionResetError):
+        while sock.recv(65536):
+            pass
+    return True
+
+
+def with_descriptors(sock: socket.socket, data: bytes, count: int) -> None:
+    with open(os.devnull) as file:
+        socket.send_fds(sock, [data], [file.fileno()] * count)
+
+
+Attack = Callable[[socket.socket], object]
+ATTACKS: dict[str, Attack] = {
+    "says nothing": lambda sock: None,
+    "half a header": lambda sock: sock.send(encode(Type.STATUS)[:5]),
+    "half a body": lambda sock: sock.send(encode(Type.JOIN, JOIN)[:-1]),
+    "a huge length": lambda sock: sock.send(HEADER.pack(MAGIC, Type.JOIN, 0, 0xFFFFFFFF)),
+    "junk": lambda sock: sock.send(b"GET / HTTP/1.1\r\n\r\n"),
+    "zeros": lambda sock: sock.send(bytes(64)),
+    "a body that is not JSON": lambda sock: sock.send(HEADER.pack(MAGIC, Type.JOIN, 0, 4) + b"{[[["),
+    "deep JSON": lambda sock: sock.send(HEADER.pack(MAGIC, Type.JOIN, 0, 4000) + b"[" * 4000),
+    "an unknown type": lambda sock: sock.send(HEADER.pack(MAGIC, 200, 0, 2) + b"{}"),
+    "a field of the wrong type": lambda sock: sock.send(encode(Type.JOIN, {**JOIN, "room": "many"})),
+    "a message out of turn": lambda sock: sock.send(encode(Type.READY, {"adopted": [], "bound": [], "unused": []})),
+    "an unknown version": lambda sock: sock.send(encode(Type.JOIN, {**JOIN, "version": 99})),
+    "another service": lambda sock: sock.send(encode(Type.JOIN, {**JOIN, "service": "chat"})),
+    "too little room": lambda sock: sock.send(encode(Type.JOIN, {**JOIN, "room": 0})),
+    "descriptors nobody asked for": lambda sock: with_descriptors(sock, encode(Type.JOIN, JOIN), 200),
+    "one announced descriptor and a stream": lambda sock: with_descriptors(
+        sock, HEADER.pack(MAGIC, Type.JOIN, 1, 100) + b" " * 10_000, 1
+    ),
+    "descriptors in the middle of a frame": lambda sock: (
+        sock.send(encode(Type.JOIN, JOIN)[:20]),
+        with_descriptors(sock, encode(Type.JOIN, JOIN)[20:], 3),
+    ),
+    "a successor that goes away": lambda sock: (sock.send(encode(Type.JOIN, JOIN)), sock.shutdown(socket.SHUT_WR)),
+    "a successor that says nothing more": lambda sock: sock.send(encode(Type.JOIN, JOIN)),
+    "ready before it was offered anything": lambda sock: sock.send(
+        encode(Type.JOIN, JOIN) + encode(Type.READY, {"adopted": [], "bound": [], "unused": []})
+    ),
+}
+
+
+@pytest.fixture
+def server(room: Room) -> Program:
+    program = room.echo({"limits": FAST})
+    room.wait_for_owner(program)
+    return program
+
+
+def test_every_attack_is_answered_with_a_hang_up_and_leaves_nothing_behind(room: Room, server: Program) -> None:
+    held = eventually(lambda: descriptors_at_rest(server.pid), "the server is at rest")
+    for name, attack in ATTACKS.items():
+        with knock(room) as sock:
+            attack(sock)
+            assert hangs_up(sock), name
+        eventually(lambda: room.owner() == server.pid, f"status works after {name}")
+    eventually(lambda: descriptors_at_rest(server.pid) == held, "nothing is left of the attacks")
+    room.round_trip()
+
+
+def test_status_and_a_takeover_work_while_hostile_connections_are_open(room: Room, server: Program) -> None:
+    quiet = [name for name in ATTACKS if not name.startswith(("a successor", "ready"))]
+    with contextlib.ExitStack() as open_ones:
+        for name in quiet:
+            ATTACKS[name](open_ones.enter_context(knock(room)))
+        assert room.status()["pid"] == server.pid
+        new = room.echo()
+        new.wait_for("took over")
+        assert server.wait() == 0
+        room.wait_for_owner(new)
+
+
+def test_a_flood_of_connections_leaves_room_for_status_and_a_takeover(room: Room, server: Program) -> None:
+    with contextlib.ExitStack() as flood:
+        for _ in range(600):
+            flood.enter_context(knock(room))
+        assert room.status(LIMIT)["pid"] == server.pid
+        new = room.echo()
+        new.wait_for("took over")
+        assert server.wait() == 0
+
+
+def test_a_flood_of_frames_on_one_connection_does_not_keep_others_waiting(room: Room, server: Program) -> None:
+    with knock(room) as sock:
+        sock.send(encode(Type.JOIN, JOIN))
+        sock.setblocking(False)
+        for _ in range(20):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sock.send(encode(Type.HEARTBEAT) * 1000)
+            assert room.status()["pid"] == server.pid
+    new = eventually(lambda: attempt(room), "the next takeover works")
+    assert room.status()["pid"] == new.pid
+
+
+def attempt(room: Room) -> Program | None:
+    """A takeover, unless it is refused because another one is not over yet."""
+    program = room.echo()
+    with contextlib.suppress(AssertionError):
+        program.wait_for("took over")
+        return program
+    return None
+
+
+def test_a_frame_that_comes_byte_by_byte_is_understood_within_the_time_limit(room: Room, server: Program) -> None:
+    with knock(room) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        for byte in encode(Type.STATUS):
+            sock.send(bytes([byte]))
+        decoder, frames = Decoder(), []
+        while len(frames) < 2:
+            frame = decoder.feed(sock.recv(decoder.wants()[0]), [])
+            frames += [frame] if frame else []
+        assert [frame.type for frame in frames] == [Type.HELLO, Type.REPORT]
+        assert frames[1].body["pid"] == server.pid
+
+
+@pytest.mark.parametrize("versions", [[0], [2, 3], []])
+def test_a_successor_that_shares_no_version_says_so_and_changes_nothing(room: Room, versions: list[int]) -> None:
+    """D10: an incumbent of another version, which gets not one byte."""
+    with socket.socket(socket.AF_UNIX) as incumbent:
+        incumbent.bind(room.control)
+        incumbent.listen()
+        new = room.echo({"limits": FAST})
+        with incumbent.accept()[0] as sock:
+            sock.settimeout(LIMIT)
+            hello = {"versions": versions, "generation": 7, "build": "9.9", "pid": os.getpid(), "service": "echo"}
+            sock.send(encode(Type.HELLO, hello))
+            assert sock.recv(1) == b""
+        assert new.wait() == 1
+        assert f"(takeover 9.9) speaks protocol {versions}" in new.lines[-1]
+
+
+ASK_AS_NOBODY = """
+import json, os, socket, sys
+os.setgid(65534); os.setuid(65534)
+sock = socket.socket(socket.AF_UNIX)
+try:
+    sock.connect(sys.argv[1])
+    print(json.dumps(len(sock.recv(100))))
+except PermissionError:
+    print(json.dumps("denied"))
+except ConnectionResetError:
+    print(json.dumps(0))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("permissive", [False, True], ids=["mode 0600", "mode 0777"])
+def test_another_user_gets_not_one_byte_and_is_logged(room: Room, permissive: bool) -> None:
+    """S4; also where somebody has opened the socket's permissions by hand."""
+    server = room.echo()
+    room.wait_for_owner(server)
+    os.chmod(room.folder, 0o755)
+    assert os.stat(room.control).st_mode & 0o777 == 0o600
+    if permissive:
+        os.chmod(room.control, 0o777)
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK_AS_NOBODY, room.control], capture_output=True, text=True, timeout=LIMIT, check=True
+    )
+    if permissive:
+        assert json.loads(asked.stdout) == 0
+        assert "65534" in server.wait_for("refused uid")
+    else:
+        assert json.loads(asked.stdout) == "denied"
+
+
+def test_the_control_socket_has_mode_0600_whatever_the_umask(room: Room) -> None:
+    """S4."""
+    server = room.run("sh", "-c", f"umask 0; exec {sys.executable} -m takeover echo --listen {room.url}")
+    server.wait_for("serving")
+    assert os.stat(room.control).st_mode & 0o777 == 0o600
+    assert os.stat(room.control + ".lock").st_mode & 0o777 == 0o600
+
+
+def test_a_peer_that_reads_nothing_does_not_stop_the_incumbent(room: Room, server: Program) -> None:
+    """Its reports pile up in no buffer of ours: each connection gets one."""
+    with contextlib.ExitStack() as deaf:
+        for _ in range(100):
+            sock = deaf.enter_context(knock(room))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.send(encode(Type.STATUS))
+        assert room.status()["pid"] == server.pid
