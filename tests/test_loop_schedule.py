@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import signal
 import socket
@@ -188,27 +189,28 @@ def test_a_signal_without_a_handler_raises_from_run_also_while_native_connection
     loop_module: ModuleType,
 ) -> None:
     loop = loop_module.Loop()
-    busy = threading.Event()
+    done = threading.Event()
 
     def chatter(address: Any) -> None:
         with socket.create_connection(address) as client:
-            while not busy.is_set():
+            for turn in itertools.count():
                 client.sendall(b"x")
                 client.recv(1)
+                if turn == 100:
+                    os.kill(os.getpid(), signal.SIGINT)
+                if done.is_set():
+                    return
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         loop.listen(listener, loop_module.ECHO)
         thread = threading.Thread(target=chatter, args=(listener.getsockname(),))
         thread.start()
-        timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         with pytest.raises(KeyboardInterrupt):
             loop.run()
-        busy.set()
-        loop.call_later(0.2, loop.stop)
+        done.set()
+        loop.when_empty(loop.stop)
         loop.run()
         thread.join(LIMIT)
-        timer.join()
         loop.close()
 
 

@@ -283,11 +283,11 @@ cdef class Transport:
 
     cdef int end_of_file(self) except -1:
         cdef bint keep_open = False
-        self.connection.flags |= EOF_RECEIVED
         try:
             keep_open = bool(self.protocol.eof_received())
         except BaseException as error:
             self.failed("eof_received", error)
+        self.connection.flags |= EOF_RECEIVED
         if keep_open:
             arm(self.core, self.connection)
         else:
@@ -310,6 +310,8 @@ cdef class Transport:
         cdef int error = flush(self.core, connection)
         if error:
             return self.lose(OSError(error, os.strerror(error)))
+        if connection.unsent == 0:
+            arm(self.core, connection)
         if connection.flags & FULL and connection.unsent <= self.low:
             connection.flags &= <uint8_t>~FULL
             try:
@@ -317,7 +319,6 @@ cdef class Transport:
             except BaseException as error_raised:
                 self.failed("resume_writing", error_raised)
         if connection.unsent == 0 and not connection.flags & LOST:
-            arm(self.core, connection)
             if connection.flags & CLOSING:
                 return self.lose(None)
             if connection.flags & EOF_QUEUED:
@@ -344,9 +345,9 @@ cdef class Transport:
 
     cdef int failed(self, str callback, object error) except -1:
         """A callback raised: say so and give the connection up; but what is to end the program goes on its way."""
-        self.lose(error)
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise error
+        self.lose(error)
         log.error("%s of %r raised; its connection is aborted", callback, self.protocol, exc_info=error)
         return 0
 

@@ -211,8 +211,9 @@ class Transport:
         if data:
             self._tell("data_received", data)
             return
+        keep_open = self._tell("eof_received")
         self._eof_received = True
-        if self._tell("eof_received"):
+        if keep_open:
             self._arm()
         else:
             self.close()
@@ -234,11 +235,12 @@ class Transport:
         except OSError as error:
             self._lose(error)
             return
+        if not self._unsent:
+            self._arm()
         if self._full and self._unsent <= self._low:
             self._full = False
             self._tell("resume_writing")
         if not self._unsent and not self._lost:
-            self._arm()
             if self._closing:
                 self._lose(None)
             elif self._eof_written:
@@ -275,8 +277,7 @@ class Transport:
         """Call the protocol. If it raises, say so and give the connection up; what is to end the program goes on."""
         try:
             return getattr(self._protocol, callback)(*args)
-        except (KeyboardInterrupt, SystemExit) as error:
-            self._lose(error)
+        except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
             log.exception("%s of %r raised; its connection is aborted", callback, self._protocol)
