@@ -159,7 +159,8 @@ def receive_descriptors(int sock, Py_ssize_t size, int max_descriptors):
 
     The descriptors are the caller's, close-on-exec from the first instant. b"" is the end of file. Raises
     DescriptorsLost where more were sent than there is room for, here or under RLIMIT_NOFILE, after closing those that
-    had arrived; BlockingIOError where nothing has come yet; ValueError for a size or a room out of range; and other OSErrors.
+    had arrived; BlockingIOError where nothing has come yet; ValueError for a size or a room out of range; and other
+    OSErrors.
     """
     cdef int[MOST] batch
     cdef int count = 0, i
@@ -167,7 +168,9 @@ def receive_descriptors(int sock, Py_ssize_t size, int max_descriptors):
     cdef bytes data
     cdef char *buffer
     if size < 1 or not 0 <= max_descriptors <= MOST:
-        raise ValueError(f"recvmsg of {size} bytes and {max_descriptors} descriptors; from 1 byte, from 0 to {MOST} descriptors")
+        raise ValueError(
+            f"recvmsg of {size} bytes and {max_descriptors} descriptors; from 1 byte, from 0 to {MOST} descriptors"
+        )
     data = PyBytes_FromStringAndSize(NULL, size)
     buffer = PyBytes_AS_STRING(data)
     while True:
@@ -184,7 +187,9 @@ def receive_descriptors(int sock, Py_ssize_t size, int max_descriptors):
     if received < 0:
         raise OSError(-received, strerror(-received))
     try:
-        return data if received == size else PyBytes_FromStringAndSize(buffer, received), [batch[i] for i in range(count)]
+        if received < size:
+            data = PyBytes_FromStringAndSize(buffer, received)
+        return data, [batch[i] for i in range(count)]
     except BaseException:
         close_all(batch, count)
         raise
