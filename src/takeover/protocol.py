@@ -163,7 +163,7 @@ SUCCESSOR = _table(
     (State.JOINING, (Type.HEARTBEAT,), State.JOINING, ()),
     (State.JOINING, (*_GONE, Type.REFUSE, Type.ABORT), State.FAILED, (Do.CLOSE,)),
     (State.JOINING, (Local.FAIL,), State.FAILED, (Type.ABORT, Do.CLOSE)),
-    (State.WARMING, (Type.HEARTBEAT, Local.SILENT), State.WARMING, ()),
+    (State.WARMING, (Type.HEARTBEAT,), State.WARMING, ()),
     (State.WARMING, (Local.WARM,), State.READY, (Type.READY,)),
     (State.WARMING, (Local.LOST,), State.ORPHANED, ()),
     (State.WARMING, (Type.ABORT,), State.FAILED, (Do.CLOSE,)),
@@ -175,8 +175,8 @@ SUCCESSOR = _table(
     (State.READY, (Type.ABORT,), State.FAILED, (Do.CLOSE,)),
     (State.READY, (Local.FAIL,), State.FAILED, (Type.ABORT, Do.CLOSE)),
     (State.CLAIMING, (Local.GOT_COMMIT,), State.STARTING, (Do.START_ACCEPTING,)),
-    (State.CLAIMING, (Local.GOT_SETTLE, Local.GOT_NOTHING), State.FAILED, (Do.CLOSE,)),
-    (State.STARTING, (Type.COMMIT, Type.HEARTBEAT, Local.SILENT), State.STARTING, ()),
+    (State.CLAIMING, (Local.GOT_NOTHING,), State.FAILED, (Do.CLOSE,)),
+    (State.STARTING, (Type.COMMIT, Type.HEARTBEAT), State.STARTING, ()),
     (State.STARTING, (Local.ACCEPTING,), State.PROBATION, (Type.ALIVE,)),
     (State.STARTING, (Local.FAIL,), State.FAILED, (Do.STOP_ACCEPTING, Type.ABORT, Do.CLOSE)),
     (State.STARTING, (Type.UNDO,), State.UNDONE, (Do.STOP_ACCEPTING, Do.CLOSE)),
@@ -197,7 +197,7 @@ FINAL = frozenset({State.CLOSED, State.FAILED, State.UNDONE})
 
 def silence_limit(state: State, limits: Limits) -> float | None:
     """Seconds without a word after which the peer counts as SILENT in this state, or None where it may be silent."""
-    if state in (State.COMMITTED, State.PROBATION, State.READY, State.STARTING):
+    if state in (State.COMMITTED, State.PROBATION, State.READY):
         return limits.silence
     if state in (State.OFFERING, State.WARMING, State.JOINING):
         return limits.warming_silence
