@@ -174,7 +174,10 @@ class ControlThread:
             self.selector.register(sock, events, lambda mask: self._ready(exchange, mask))
         elif self.selector.get_key(sock).events != events:
             self.selector.modify(sock, events, self.selector.get_key(sock).data)
-        if pidfd < 0 and exchange.knows_peer and exchange.link.peer.pidfd is not None:
+        if not exchange.knows_peer and pidfd >= 0:
+            self.selector.unregister(pidfd)
+            pidfd = -1
+        elif exchange.knows_peer and pidfd < 0 and exchange.link.peer.pidfd is not None:
             pidfd = exchange.link.peer.pidfd
             self.selector.register(pidfd, selectors.EVENT_READ, lambda _: self.run_step(exchange, exchange.died))
         self.exchanges[exchange] = (sock, pidfd)

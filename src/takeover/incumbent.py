@@ -49,6 +49,11 @@ class Incumbent(Exchange):
     def owned(self) -> list[int]:
         return [self._token]
 
+    @property
+    def knows_peer(self) -> bool:
+        """Until the successor is settled: then it hands this link on to its own, and may end."""
+        return self.state is not State.DRAINING
+
     def received(self, frame: Frame) -> Event | None:
         if frame.type is Type.JOIN:
             refusal = self._refuse(frame.body)
