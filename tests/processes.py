@@ -210,6 +210,13 @@ class Room:
     def connect(self, timeout: float = LIMIT) -> socket.socket:
         return socket.create_connection(self.address, timeout)
 
+    def connect_control(self) -> socket.socket:
+        """A bare connection to the control socket."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(LIMIT)
+        sock.connect(self.control)
+        return sock
+
     def round_trip(self) -> None:
         """A new connection is accepted and echoed to."""
         with self.connect() as sock:

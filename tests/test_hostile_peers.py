@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from processes import FAST, LIMIT, Program, Room, descriptors_at_rest, eventually
 
+from processes import FAST, LIMIT, Program, Room, descriptors_at_rest, eventually
 from takeover.wire import HEADER, MAGIC, Decoder, Type, encode
 
 JOIN = {
@@ -25,13 +25,6 @@ JOIN = {
     "pid": 1,
     "service": "echo",
 }
-
-
-def knock(room: Room) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(LIMIT)
-    sock.connect(room.control)
-    return sock
 
 
 def hangs_up(sock: socket.socket) -> bool:
@@ -89,7 +82,7 @@ def server(room: Room) -> Program:
 def test_every_attack_is_answered_with_a_hang_up_and_leaves_nothing_behind(room: Room, server: Program) -> None:
     held = eventually(lambda: descriptors_at_rest(server.pid), "the server is at rest")
     for name, attack in ATTACKS.items():
-        with knock(room) as sock:
+        with room.connect_control() as sock:
             attack(sock)
             assert hangs_up(sock), name
         eventually(lambda: room.owner() == server.pid, f"status works after {name}")
@@ -101,7 +94,7 @@ def test_status_and_a_takeover_work_while_hostile_connections_are_open(room: Roo
     quiet = [name for name in ATTACKS if not name.startswith(("a successor", "ready"))]
     with contextlib.ExitStack() as open_ones:
         for name in quiet:
-            ATTACKS[name](open_ones.enter_context(knock(room)))
+            ATTACKS[name](open_ones.enter_context(room.connect_control()))
         assert room.status()["pid"] == server.pid
         new = room.echo()
         new.wait_for("took over")
@@ -112,7 +105,7 @@ def test_status_and_a_takeover_work_while_hostile_connections_are_open(room: Roo
 def test_a_flood_of_connections_leaves_room_for_status_and_a_takeover(room: Room, server: Program) -> None:
     with contextlib.ExitStack() as flood:
         for _ in range(600):
-            flood.enter_context(knock(room))
+            flood.enter_context(room.connect_control())
         assert room.status(LIMIT)["pid"] == server.pid
         new = room.echo()
         new.wait_for("took over")
@@ -120,7 +113,7 @@ def test_a_flood_of_connections_leaves_room_for_status_and_a_takeover(room: Room
 
 
 def test_a_flood_of_frames_on_one_connection_does_not_keep_others_waiting(room: Room, server: Program) -> None:
-    with knock(room) as sock:
+    with room.connect_control() as sock:
         sock.send(encode(Type.JOIN, JOIN))
         sock.setblocking(False)
         for _ in range(20):
@@ -142,7 +135,7 @@ def attempt(room: Room) -> Program | None:
 
 
 def test_a_frame_that_comes_byte_by_byte_is_understood_within_the_time_limit(room: Room, server: Program) -> None:
-    with knock(room) as sock:
+    with room.connect_control() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         for byte in encode(Type.STATUS):
             sock.send(bytes([byte]))
@@ -216,7 +209,7 @@ def test_a_peer_that_reads_nothing_does_not_stop_the_incumbent(room: Room, serve
     """Its reports pile up in no buffer of ours: each connection gets one."""
     with contextlib.ExitStack() as deaf:
         for _ in range(100):
-            sock = deaf.enter_context(knock(room))
+            sock = deaf.enter_context(room.connect_control())
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.send(encode(Type.STATUS))
