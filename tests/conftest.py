@@ -1,4 +1,4 @@
-"""Both backends in one run: a test that takes `backend`, `fdpass` or `loop_module` runs once on each, and its id says which."""
+"""Both backends in a run: what takes `backend`, `fdpass` or `loop_module` runs once on each, and its id says which."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+
 from processes import Room
 
 BACKENDS = ("cython", "python")

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from processes import Room
 
+from processes import Room
 from takeover import query
 from takeover.errors import NotRunning
 

@@ -1,6 +1,6 @@
-"""At every boundary of a takeover, either process is killed, stopped or hangs: one owner remains, and the next takeover works.
+"""At every boundary of a takeover, either process dies, stops or hangs: one owner remains, and the next takeover works.
 
-The boundaries are recorded from a takeover that goes well, so the list cannot go stale. The compiled backend goes through
+The boundaries are recorded from a takeover that goes well, so the list cannot go stale. The compiled backend takes
 all of them, the plain one through every third: what they differ in is not the protocol.
 """
 
@@ -13,6 +13,7 @@ from functools import cache
 from typing import NamedTuple
 
 import pytest
+
 from processes import FAST, Boundaries, Pounder, Program, Room, descriptors_at_rest, eventually
 
 CONVERGES = 5.0
@@ -75,7 +76,7 @@ def scenarios(backend: str, action: str) -> Iterator[Scenario]:
 
 
 def has_settled(step: str, boundaries: tuple[str, ...]) -> bool:
-    """Whether the incumbent has let go for good by then, so that the death of the successor is the death of the service."""
+    """Whether the incumbent has let go for good by then, so that the successor's death is the death of the service."""
     return boundaries.index(step) >= boundaries.index("incumbent before RELEASE")
 
 
@@ -128,7 +129,7 @@ def said(programs: dict[str, Program]) -> str:
 
 
 def settle(room: Room, scenario: Scenario, programs: dict[str, Program], boundaries: Boundaries) -> Program | None:
-    """Waits until there is one owner, and the other process is over; returns the owner, None if it was killed as such."""
+    """Waits until there is one owner and the other process is over; returns the owner, None if that was killed."""
     victim = programs[scenario.victim]
     survivor = programs["successor" if scenario.victim == "incumbent" else "incumbent"]
     if scenario.action == "kill":
@@ -142,7 +143,9 @@ def settle(room: Room, scenario: Scenario, programs: dict[str, Program], boundar
     if scenario.action == "stop":
         victim.signal(signal.SIGCONT)
     boundaries.let_go()
-    eventually(lambda: sum(each.running for each in programs.values()) == 1, f"one is left:\n{said(programs)}", CONVERGES)
+    eventually(
+        lambda: sum(each.running for each in programs.values()) == 1, f"one is left:\n{said(programs)}", CONVERGES
+    )
     owner, other = sorted(programs.values(), key=lambda each: not each.running)
     room.wait_for_owner(owner, CONVERGES)
     assert (other.wait() == 0) is (other is programs["incumbent"]), said(programs)

@@ -1,4 +1,4 @@
-"""What shared descriptors can do to the process at the other end: block it, haunt it, reset its clients, or stay behind."""
+"""What shared descriptors can do to a process at the other end: block it, haunt it, reset its clients, stay behind."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import socket
 import sys
 
 import pytest
+
 from processes import Program, Room, echo_once, eventually, receive_exactly
 
 CHILD_HOLDS = {"0", "1", "2"}
@@ -78,7 +79,9 @@ def test_nothing_is_shut_down_that_was_handed_over(room: Room) -> None:
         pytest.skip("strace is not installed")
     traced = ["strace", "-f", "-qq", "-e", "trace=shutdown", "-e", "signal=none"]
     server = [sys.executable, "-m", "takeover", "echo", "--listen", room.url, "--probation", "0"]
-    probe = room.run(*traced, "-o", "probe", sys.executable, "-c", "import socket; a, b = socket.socketpair(); a.shutdown(1)")
+    probe = room.run(
+        *traced, "-o", "probe", sys.executable, "-c", "import socket; a, b = socket.socketpair(); a.shutdown(1)"
+    )
     if probe.wait() != 0 or "shutdown(" not in pathlib.Path(room.folder, "probe").read_text():
         pytest.skip("strace may not trace here")
     old = room.run(*traced, "-o", "old", *server)
@@ -93,7 +96,7 @@ def test_nothing_is_shut_down_that_was_handed_over(room: Room) -> None:
 
 
 def test_the_older_process_keeps_no_closed_descriptor_in_its_epoll_set(room: Room) -> None:
-    """F7: a closed listener whose open file the successor holds goes on to raise events, unless it was removed first."""
+    """F7: a closed listener whose open file the successor holds raises events on, unless it was removed first."""
     old = room.echo()
     old.wait_for("serving")
     steady, load = room.steady(1), room.pound()

@@ -6,10 +6,13 @@ import json
 import signal
 
 import pytest
+
 from processes import FAST, Program, Room, descriptors_at_rest, eventually
 
 
-def test_a_takeover_under_load_loses_nothing_and_established_connections_are_served_until_they_leave(room: Room) -> None:
+def test_a_takeover_under_load_loses_nothing_and_established_connections_are_served_until_they_leave(
+    room: Room,
+) -> None:
     old = room.echo()
     old.wait_for("serving")
     steady, load = room.steady(20), room.pound()

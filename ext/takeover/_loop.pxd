@@ -3,7 +3,7 @@
 
 A handler is a `Handler` whose `callbacks` are set; each may be NULL but `received`:
 
-    opened(core, connection)                  a connection was accepted; `connection.state` is NULL and the handler's own
+    opened(core, connection)                  a connection was accepted; `connection.state` is NULL, the handler's own
     received(core, connection, data, size)    bytes, valid for the time of the call
     ended(core, connection) -> bint           the peer's FIN; true keeps our half open (NULL, false: flush and close)
     filled(core, connection)                  the backlog rose above `high` bytes (NULL: reading pauses until `low`)

@@ -58,9 +58,8 @@ cdef class Listener:
         self.acceptor.fd = self.socket.fileno()
         if self.acceptor.fd < 0:
             raise OSError(EBADF, f"cannot accept on {self.socket!r}: it was closed")
-        self.acceptor.place = open_connection(
-            self.loop.core, self.acceptor.fd, NATIVE_LISTENER if isinstance(self.handler, Handler) else PROTOCOL_LISTENER
-        )
+        kind = NATIVE_LISTENER if isinstance(self.handler, Handler) else PROTOCOL_LISTENER
+        self.acceptor.place = open_connection(self.loop.core, self.acceptor.fd, kind)
         if self.acceptor.place == NULL:
             raise MemoryError
         self.acceptor.place.state = &self.acceptor
@@ -89,9 +88,9 @@ cdef class Listener:
         cdef Connection *connection
         cdef sockaddr_storage peer
         cdef socklen_t size
-        cdef int fd, turn
+        cdef int fd, _turn
         keep_non_blocking(self.acceptor.fd)
-        for turn in range(BATCH):
+        for _turn in range(BATCH):
             fd = accept_one(&self.acceptor, &peer, &size)
             if fd < 0:
                 break

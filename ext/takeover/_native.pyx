@@ -139,8 +139,8 @@ cdef int accept_one(Acceptor *acceptor, sockaddr_storage *peer, socklen_t *size)
 
     Errors that accept(2) ascribes to the one connection that it has just thrown away only lead to the next one.
     """
-    cdef int fd, turn
-    for turn in range(BATCH):
+    cdef int fd, _turn
+    for _turn in range(BATCH):
         size[0] = sizeof(sockaddr_storage)
         fd = accept4(acceptor.fd, <sockaddr *>peer, size, SOCK_CLOEXEC | SOCK_NONBLOCK)
         if fd >= 0:
@@ -185,9 +185,9 @@ cdef void accept_native(Core *core, Acceptor *acceptor) noexcept nogil:
     cdef Connection *connection
     cdef sockaddr_storage peer
     cdef socklen_t size
-    cdef int fd, turn
+    cdef int fd, _turn
     keep_non_blocking(acceptor.fd)
-    for turn in range(BATCH):
+    for _turn in range(BATCH):
         fd = accept_one(acceptor, &peer, &size)
         connection = admit(core, acceptor, fd, NATIVE) if fd >= 0 else NULL
         if connection == NULL:

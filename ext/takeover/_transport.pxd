@@ -36,5 +36,5 @@ cdef class Transport:
     cdef int learn_local_name(self) except -1
     cdef int let_go(self) except -1
 
-cdef Transport open_transport(Core *core, Connection *connection, object schedule, object protocol, const sockaddr *peer,
-                              socklen_t size)
+cdef Transport open_transport(Core *core, Connection *connection, object schedule, object protocol,
+                              const sockaddr *peer, socklen_t size)

@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
+# cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True, binding=False
 """A connection as asyncio knows it: the transport that serves an asyncio.Protocol on the native loop."""
 
 cimport cython
@@ -70,8 +70,8 @@ cdef object unix_address(const char *name, socklen_t size):
     return os.fsdecode(<bytes>(name + 2))
 
 
-cdef Transport open_transport(Core *core, Connection *connection, object schedule, object protocol, const sockaddr *peer,
-                              socklen_t size):
+cdef Transport open_transport(Core *core, Connection *connection, object schedule, object protocol,
+                              const sockaddr *peer, socklen_t size):
     """Connect a protocol to a connection, which from here on owns the transport, which owns the descriptor."""
     cdef Transport transport = Transport.__new__(Transport)
     transport.core = core

@@ -1,4 +1,4 @@
-"""The echo server with what only tests may do to it: short limits, boundaries at which it waits, high descriptor numbers."""
+"""The echo server with what only tests may do to it: short limits, boundaries to wait at, high descriptor numbers."""
 
 import functools
 import json

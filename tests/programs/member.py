@@ -1,4 +1,4 @@
-"""A server on join() and a selector, in the way of any server that is not on our loop; before ready() it does what it is told."""
+"""A server on join() and a selector, as any server not on our loop; before ready() it does what it is told."""
 
 import json
 import logging
@@ -72,7 +72,7 @@ def serve(service: takeover.Service, socks: list[socket.socket], *, deaf: bool) 
 
 
 def main() -> None:
-    """Its argument: {"join": arguments of join(), "listen": URLs, "plan": steps before ready(), "after": steps after it}."""
+    """Its argument: {"join": join()'s arguments, "listen": URLs, "plan": steps to ready(), "after": steps after}."""
     wishes: dict[str, Any] = json.loads(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(process)d %(message)s")
     options = wishes["join"]
