@@ -35,6 +35,8 @@ class NativeServer(Server):
         self.drain_timeout = drain_timeout
         self.listeners: dict[str, Any] = {}
         self.failure: Aborted | None = None
+        self.member: Service | None = None
+        self.signals: list[int] = []
         self._kept: frozenset[str] = frozenset()
         self._ending = False
 
@@ -110,10 +112,16 @@ class NativeServer(Server):
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Until the loop has the signals: SIGTERM and SIGINT raise Interrupted, which undoes what has been done."""
+def _interruptible(server: NativeServer) -> Iterator[None]:
+    """Until the loop has the signals: SIGTERM and SIGINT raise Interrupted, which undoes what has been done.
+
+    Once the service is ours there is nothing to undo, and they wait for the loop.
+    """
 
     def interrupt(signum: int, _frame: FrameType | None) -> None:
+        if server.member is not None and server.member.state in ("serving", "probation"):
+            server.signals.append(signum)
+            return
         raise Interrupted(f"{signal.Signals(signum).name} before the service was ready")
 
     previous = [signal.signal(signum, interrupt) for signum in SIGNALS]
@@ -149,7 +157,7 @@ def serve(
     server = NativeServer(drain_timeout)
     try:
         with (
-            _interruptible(),
+            _interruptible(server),
             join(
                 control,
                 server=server,
@@ -162,6 +170,7 @@ def serve(
                 allow_uids=allow_uids,
             ) as member,
         ):
+            server.member = member
             socks = [sock for url in listen for sock in _listen(member, url)]
             report = member.ready()
             _tell(report, listen, dry_run=dry_run)
@@ -195,6 +204,8 @@ def _run(server: NativeServer, member: Service) -> None:
 
     for signum in SIGNALS:
         server.loop.add_signal_handler(signum, leave, signum)
+    for signum in server.signals[:1]:
+        server.loop.call_soon(leave, signum)
     server.loop.run()
     member.leave()
     logger.info("ended")
