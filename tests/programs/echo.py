@@ -26,7 +26,7 @@ def report_boundaries(name: str) -> None:
 
 
 def main() -> None:
-    """Its argument: {"options": those of serve(), "limits": those of join(), "boundaries": name, "above": number}."""
+    """Its argument: {"options": those of serve(), "limits": those of join(), "boundaries": name, "above": number, "uid": number}."""
     wishes: dict[str, Any] = json.loads(sys.argv[1])
     logging.raiseExceptions = False
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
@@ -36,6 +36,10 @@ def main() -> None:
         report_boundaries(wishes["boundaries"])
     if "limits" in wishes:
         service.Limits = functools.partial(takeover.Limits, **wishes["limits"])  # type: ignore[assignment,misc]
+    if "uid" in wishes:
+        os.setgroups([])
+        os.setgid(wishes["uid"])
+        os.setuid(wishes["uid"])
     try:
         echo.echo(**wishes["options"])
     except takeover.errors.TakeoverError as error:
