@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import ClassVar
 
-from .errors import LocalError, PeerError, RemoteProtocolError
+from .errors import LocalError, PeerError, RemoteProtocolError, TakeoverError
 from .link import Link, close_all
 from .protocol import FINAL, Action, Do, Event, Limits, Local, Machine, State, Table, budget, silence_limit
 from .wire import Frame, Type
@@ -40,6 +40,7 @@ class Exchange:
         self.machine = Machine(self.table)
         self.reason = ""
         self.cause: Event | None = None
+        self.error: TakeoverError | None = None
         self.phases: dict[str, float] = {}
         self._since = time.monotonic()
         self._silent = 0
@@ -156,7 +157,7 @@ class Exchange:
                         close_all(unused.descriptors)
                     raise
         except PeerError as error:
-            self.reason = str(error)
+            self.error, self.reason = error, str(error)
             logger.warning("pid %d broke the protocol: %s", self.link.peer.pid, error)
             self.link.lost = True
         self._lose()

@@ -68,7 +68,6 @@ class Successor(Exchange):
         self.dry_run = dry_run
         self.joined: Future[None] = Future()
         self.committed: Future[None] = Future()
-        self.error: TakeoverError | None = None
         self.inherited: list[Inherited] = []
         self.elder = Elder(link.peer.pid, 0, 0)
         self.ready: Body = {"adopted": [], "bound": [], "unused": []}
