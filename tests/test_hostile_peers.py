@@ -51,7 +51,7 @@ ATTACKS: dict[str, Attack] = {
     "a body that is not JSON": lambda sock: sock.send(HEADER.pack(MAGIC, Type.JOIN, 0, 4) + b"{[[["),
     "deep JSON": lambda sock: sock.send(HEADER.pack(MAGIC, Type.JOIN, 0, 4000) + b"[" * 4000),
     "an unknown type": lambda sock: sock.send(HEADER.pack(MAGIC, 200, 0, 2) + b"{}"),
-    "a field of the wrong type": lambda sock: sock.send(encode(Type.JOIN, {**JOIN, "room": "many"})),
+    "a field of the wrong type": lambda sock: sock.send(encode(Type.JOIN, JOIN).replace(b"1000", b'"10"')),
     "a message out of turn": lambda sock: sock.send(encode(Type.READY, {"adopted": [], "bound": [], "unused": []})),
     "an unknown version": lambda sock: sock.send(encode(Type.JOIN, {**JOIN, "version": 99})),
     "another service": lambda sock: sock.send(encode(Type.JOIN, {**JOIN, "service": "chat"})),

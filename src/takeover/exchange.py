@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import ClassVar
 from .errors import LocalError, PeerError, RemoteProtocolError, TakeoverError
 from .link import Link, close_all
 from .protocol import FINAL, Action, Do, Event, Limits, Local, Machine, State, Table, budget, silence_limit
-from .wire import Frame, Type
+from .wire import Frame, Type, as_text
 
 logger = logging.getLogger("takeover")
 
@@ -20,6 +21,17 @@ HEARTBEATS = frozenset(
     {State.OFFERING, State.JOINING, State.WARMING, State.COMMITTED, State.READY, State.STARTING, State.PROBATION}
 )
 IDLE = frozenset({State.OWNER, State.STOPPING}) | FINAL
+
+
+def read_token(token: int) -> bytes:
+    """The next byte of the token, b"" if there is none; never waits.
+
+    An empty pipe says EAGAIN and not end-of-file where a child, forked as the token was made, has its writing end.
+    """
+    try:
+        return os.read(token, 1)
+    except BlockingIOError:
+        return b""
 
 
 class Exchange:
@@ -76,7 +88,7 @@ class Exchange:
 
     def message(self, kind: Type) -> None:
         """Sends the message that a step asks for; roles add bodies and descriptors to those that have any."""
-        body = {"reason": self.reason[:1024]} if kind in (Type.ABORT, Type.UNDO) else None
+        body = {"reason": as_text(self.reason)} if kind in (Type.ABORT, Type.UNDO) else None
         self.link.send(kind, body)
 
     def received(self, frame: Frame) -> Event | None:

@@ -7,10 +7,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ._version import VERSION
-from .exchange import Exchange, logger
+from .exchange import Exchange, logger, read_token
 from .link import Link, close_all
 from .protocol import COMMIT_BYTE, INCUMBENT, SETTLE_BYTE, Do, Event, Local, State
-from .wire import MAX_DESCRIPTORS, VERSIONS, Body, Frame, Type
+from .wire import MAX_DESCRIPTORS, VERSIONS, Body, Frame, Type, as_text
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -94,7 +94,7 @@ class Incumbent(Exchange):
 
     def message(self, kind: Type) -> None:
         if kind is Type.REFUSE:
-            self.link.send(kind, {"code": self._refusal[0], "reason": self._refusal[1]})
+            self.link.send(kind, {"code": self._refusal[0], "reason": as_text(self._refusal[1])})
         elif kind is Type.REPORT:
             self.link.send(kind, self.owner.status())
         elif kind is Type.STOPPING:
@@ -112,7 +112,7 @@ class Incumbent(Exchange):
         elif action is Do.START_ACCEPTING:
             self.owner.resume_service()
         elif action is Do.TAKE_BACK:
-            byte = os.read(self._token, 1) if self._token >= 0 else COMMIT_BYTE
+            byte = read_token(self._token) if self._token >= 0 else COMMIT_BYTE
             return {COMMIT_BYTE: Local.GOT_COMMIT, SETTLE_BYTE: Local.GOT_SETTLE}.get(byte, Local.GOT_NOTHING)
         elif action is Do.RELEASE:
             self.owner.release_service(self)

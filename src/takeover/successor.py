@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ._version import VERSION
 from .descriptors import expect
 from .errors import Aborted, LocalError, PeerLost, Refused, RemoteProtocolError, TakeoverError, TimedOut
-from .exchange import Exchange, logger
+from .exchange import Exchange, logger, read_token
 from .link import Link, close_all
 from .protocol import COMMIT_BYTE, SETTLE_BYTE, SUCCESSOR, Do, Event, Local, State
 from .wire import VERSIONS, Body, Frame, Type
@@ -86,7 +86,7 @@ class Successor(Exchange):
 
     @property
     def knows_peer(self) -> bool:
-        """HELLO tells: the kernel names who called listen() last (unix(7)), maybe a successor that was undone and is dead."""
+        """HELLO tells: the kernel names who called listen() last (unix(7)), maybe a successor undone and dead."""
         return self.state is not State.GREETING and self.link.peer.pid in (0, self.elder.pid)
 
     def owned(self) -> list[int]:
@@ -145,10 +145,10 @@ class Successor(Exchange):
         if action is Do.KEEP:
             return self._keep()
         if action is Do.TAKE_COMMIT:
-            got = os.read(self._token, 1) == COMMIT_BYTE
+            got = read_token(self._token) == COMMIT_BYTE
             return Local.GOT_COMMIT if got else Local.GOT_NOTHING
         if action is Do.TAKE_SETTLE:
-            got = os.read(self._token, 1) == SETTLE_BYTE
+            got = read_token(self._token) == SETTLE_BYTE
             return Local.GOT_SETTLE if got else Local.GOT_NOTHING
         if action is Do.START_ACCEPTING:
             self.joiner.own_service(self)

@@ -6,13 +6,16 @@ descriptor can never be taken for another frame's, whatever the kernel splits or
 that had no room for it. The magic is never 0, since a lone 0 byte is how the original script hands over its listener.
 
 Everything that arrives is checked here against SCHEMA before anybody acts on it: lengths before memory is spent,
-then types and ranges of every field. Unknown fields are ignored, so that a newer peer may say more.
+then types and ranges of every field. Unknown fields are ignored, so that a newer peer may say more. What two readers of
+JSON may take differently is refused: NaN and infinities, a name twice in an object, anything but UTF-8 (RFC 8259 leaves
+the first two to the reader). What is sent is checked in the same way, so a mistake shows on the side that made it.
 """
 
 from __future__ import annotations
 
 import enum
 import json
+import re
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -24,6 +27,14 @@ MAGIC = 0x54
 LEGACY_BYTE = b"\0"
 HEADER = struct.Struct("!BBHI")
 MAX_DESCRIPTORS = 252
+
+LONGEST_TEXT = 1024
+"""Characters."""
+
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]")
+"""Control characters, which break a log's lines, and lone surrogates, but not those of a path's odd bytes (PEP 383)."""
+
+_MOST_DIGITS = 20
 
 REFUSALS = ("busy", "version", "room", "generations", "superseded", "stopping", "service")
 
@@ -76,7 +87,11 @@ def _flag(value: Any) -> bool:
 
 
 def _text(value: Any) -> bool:
-    return type(value) is str and len(value) <= 1024
+    return type(value) is str and len(value) <= LONGEST_TEXT and not _UNFIT.search(value)
+
+
+def _word(value: Any) -> bool:
+    return _text(value) and len(value) <= 32
 
 
 def _list_of(check: Check, most: int) -> Check:
@@ -102,7 +117,7 @@ class Schema(NamedTuple):
 
 SCHEMA: Mapping[Type, Schema] = {
     Type.HELLO: Schema(
-        4096,
+        1 << 16,
         False,
         {
             "versions": _list_of(_integer, 64),
@@ -113,11 +128,11 @@ SCHEMA: Mapping[Type, Schema] = {
         },
     ),
     Type.JOIN: Schema(
-        4096,
+        1 << 16,
         False,
         {
             "version": _integer,
-            "capabilities": _list_of(_text, 64),
+            "capabilities": _list_of(_word, 64),
             "room": _integer,
             "dry_run": _flag,
             "build": _text,
@@ -128,14 +143,14 @@ SCHEMA: Mapping[Type, Schema] = {
     Type.LISTENERS: Schema(1 << 20, True, {"items": _list_of(_item, MAX_DESCRIPTORS), "left": _integer}),
     Type.TAKEN: Schema(4096, False, {}),
     Type.HEARTBEAT: Schema(4096, False, {}),
-    Type.READY: Schema(16 << 20, False, {"adopted": _names, "bound": _names, "unused": _names}),
+    Type.READY: Schema(4 << 20, False, {"adopted": _names, "bound": _names, "unused": _names}),
     Type.COMMIT: Schema(4096, False, {}),
     Type.ALIVE: Schema(4096, False, {}),
     Type.SETTLED: Schema(4096, False, {}),
     Type.DONE: Schema(1 << 16, True, {"left": _integer, "elders": _list_of(_elder, MAX_DESCRIPTORS)}),
-    Type.UNDO: Schema(4096, False, {"reason": _text}),
-    Type.ABORT: Schema(4096, False, {"reason": _text}),
-    Type.REFUSE: Schema(4096, False, {"code": _text, "reason": _text}),
+    Type.UNDO: Schema(1 << 16, False, {"reason": _text}),
+    Type.ABORT: Schema(1 << 16, False, {"reason": _text}),
+    Type.REFUSE: Schema(1 << 16, False, {"code": _text, "reason": _text}),
     Type.STATUS: Schema(4096, False, {}),
     Type.REPORT: Schema(16 << 20, False, {"pid": _integer, "generation": _integer, "state": _text}),
     Type.STOP: Schema(4096, False, {}),
@@ -144,15 +159,55 @@ SCHEMA: Mapping[Type, Schema] = {
 }
 
 
+def as_text(value: str) -> str:
+    """The text as a field may hold it: cut to its length, with a blank for each character that does not fit."""
+    return _UNFIT.sub(" ", value)[:LONGEST_TEXT]
+
+
 def encode(kind: Type, body: Body | None = None, descriptors: int = 0) -> bytes:
-    """The bytes of one frame that `descriptors` descriptors are going to ride on."""
-    data = json.dumps(body or {}, separators=(",", ":")).encode()
-    schema = SCHEMA[kind]
+    """The bytes of one frame that `descriptors` descriptors are going to ride on. Raises LocalProtocolError."""
+    schema, body = SCHEMA[kind], body or {}
+    wrong = _first_wrong(schema, body)
+    if wrong is not None:
+        raise LocalProtocolError(f"the field {wrong} of a {kind.name} is missing or out of range")
+    try:
+        data = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise LocalProtocolError(f"the body of a {kind.name} cannot be written as JSON: {error}") from None
     if len(data) > schema.limit or descriptors > (MAX_DESCRIPTORS if schema.descriptors else 0):
         raise LocalProtocolError(
             f"a {kind.name} of {len(data):,} bytes with {descriptors} descriptors does not fit in one frame"
         )
     return HEADER.pack(MAGIC, kind, descriptors, len(data)) + data
+
+
+def _first_wrong(schema: Schema, body: Body) -> str | None:
+    return next((name for name, check in schema.fields.items() if name not in body or not check(body[name])), None)
+
+
+def _decode(data: bytearray) -> Any:
+    """JSON of one meaning only; raises ValueError or RecursionError."""
+    return _decoder.decode(data.decode())
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name comes twice in an object")
+    return fields
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole, parse_constant=_constant)
 
 
 class Decoder:
@@ -184,7 +239,7 @@ class Decoder:
         if len(self._header) < HEADER.size:
             self._header += data
             if len(self._header) < HEADER.size:
-                if self._header[0] != MAGIC:
+                if self._header and self._header[0] != MAGIC:
                     raise RemoteProtocolError(f"a frame begins with byte {self._header[0]:#04x}, not {MAGIC:#04x}")
                 return None
             self._begin()
@@ -212,15 +267,14 @@ class Decoder:
 
     def _finish(self) -> Frame:
         try:
-            body = json.loads(self._body)
+            body = _decode(self._body)
         except (ValueError, RecursionError) as error:
             raise RemoteProtocolError(f"the body of a {self._type.name} is not JSON: {error}") from None
-        fields = SCHEMA[self._type].fields
         if type(body) is not dict:
             raise RemoteProtocolError(f"the body of a {self._type.name} is not a JSON object")
-        for name, check in fields.items():
-            if name not in body or not check(body[name]):
-                raise RemoteProtocolError(f"the field {name} of a {self._type.name} is missing or out of range")
+        wrong = _first_wrong(SCHEMA[self._type], body)
+        if wrong is not None:
+            raise RemoteProtocolError(f"the field {wrong} of a {self._type.name} is missing or out of range")
         frame = Frame(self._type, body, self.descriptors)
         self.descriptors, self._header, self._body, self._length = [], b"", bytearray(), 0
         return frame
