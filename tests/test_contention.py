@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 
-from processes import FAST, Room, eventually, stopped
+from clients import eventually
+from processes import FAST, Room, stopped
 
 
 def test_a_successor_that_warms_up_for_longer_than_the_silence_limit_lives(room: Room) -> None:
-    """D5: it heartbeats. Three times the limit pass by the incumbent's own clock, for a stopped third process is given up."""
+    """D5: it heartbeats. Three times the limit pass by the incumbent's clock, for a stopped third process is given up."""
     old = room.member(join={"limits": FAST})
     old.wait_for("ready")
     new = room.member(join={"limits": FAST}, plan=["wait"])

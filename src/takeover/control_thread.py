@@ -7,7 +7,8 @@ neither status nor the next successor. While nothing is under way the thread sle
 Ticks are counted, not clocked: a tick that comes late counts once. So a process that was stopped and goes on finds what
 its peer sent in the meantime before it judges anybody's silence.
 
-What one event closes may have others pending in the same round, and its number may already be another's: they are dropped.
+What one event closes may have others pending in the same round, and its number may be another's by then: they are
+dropped.
 """
 
 from __future__ import annotations
