@@ -204,8 +204,8 @@ def _run(server: NativeServer, member: Service) -> None:
 
     for signum in SIGNALS:
         server.loop.add_signal_handler(signum, leave, signum)
-    for signum in server.signals[:1]:
-        server.loop.call_soon(leave, signum)
+    for early in server.signals[:1]:
+        server.loop.call_soon(leave, early)
     server.loop.run()
     member.leave()
     logger.info("ended")
