@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
+# cython: language_level=3, boundscheck=False, wraparound=False
 """The event loop on epoll(7), level-triggered. `_loop_py` is the same interface in plain Python."""
 
 from cpython.exc cimport PyErr_CheckSignals

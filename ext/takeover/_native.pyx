@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
+# cython: language_level=3, boundscheck=False, wraparound=False
 """What the loop does without the GIL: wait, accept, and serve the connections of compiled handlers."""
 
 from libc.errno cimport EAGAIN, EINTR, ENOMEM, errno

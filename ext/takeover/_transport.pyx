@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True, binding=False
+# cython: language_level=3, boundscheck=False, wraparound=False, binding=False
 """A connection as asyncio knows it: the transport that serves an asyncio.Protocol on the native loop."""
 
 cimport cython

@@ -52,6 +52,18 @@ class Server:
         """In a forked child, where this server does not run: close what only the server needs."""
 
 
+class Settings(NamedTuple):
+    """How this process takes part; see join()."""
+
+    service: str
+    strict: bool
+    dry_run: bool
+    probation: float
+    drain_timeout: float
+    max_generations: int
+    limits: Limits
+
+
 class Held(NamedTuple):
     """A listener of the service; the socket is the server's too."""
 
@@ -73,20 +85,12 @@ class Controller(ControlThread):
         self,
         control: ControlPath,
         server: Server,
-        limits: Limits,
-        *,
-        service: str,
-        probation: float,
-        drain_timeout: float,
-        max_generations: int,
+        settings: Settings,
     ) -> None:
-        super().__init__(limits)
+        super().__init__(settings.limits)
         self.control = control
         self.server = server
-        self.service = service
-        self.probation = probation
-        self.drain_timeout = drain_timeout
-        self.max_generations = max_generations
+        self.settings = settings
         self.generation = 1
         self.state = "joining"
         self.listeners: list[Held] = []
@@ -293,7 +297,7 @@ class Controller(ControlThread):
             "pid": os.getpid(),
             "generation": self.generation,
             "state": self.state,
-            "service": self.service,
+            "service": self.settings.service,
             "backend": backend,
             "version": VERSION,
             "uptime": round(time.monotonic() - self._began, 3),

@@ -42,7 +42,7 @@ class Incumbent(Exchange):
                 "generation": owner.generation,
                 "build": VERSION,
                 "pid": os.getpid(),
-                "service": owner.service,
+                "service": owner.settings.service,
             },
         )
 
@@ -78,13 +78,13 @@ class Incumbent(Exchange):
         pid = os.getpid()
         if wish["version"] not in VERSIONS:
             return "version", f"pid {pid} speaks protocol {list(VERSIONS)}, not {wish['version']}"
-        if wish["service"] != self.owner.service:
-            return "service", f"the service here is {self.owner.service!r}, not {wish['service']!r}"
+        if wish["service"] != self.owner.settings.service:
+            return "service", f"the service here is {self.owner.settings.service!r}, not {wish['service']!r}"
         busy = self.owner.busy_with(self)
         if busy is not None:
             return "busy", busy
         elders = self.owner.elders
-        if len(elders) >= self.owner.max_generations:
+        if len(elders) >= self.owner.settings.max_generations:
             pids = ", ".join(str(elder.pid) for elder in elders)
             return "generations", f"{len(elders)} older generations still drain (pid {pids}); wait, or raise the limit"
         needed = len(self.owner.estate()) + 1
@@ -98,7 +98,7 @@ class Incumbent(Exchange):
         elif kind is Type.REPORT:
             self.link.send(kind, self.owner.status())
         elif kind is Type.STOPPING:
-            self.link.send(kind, {"deadline": self.owner.drain_timeout})
+            self.link.send(kind, {"deadline": self.owner.settings.drain_timeout})
         elif kind is Type.DONE:
             self.owner.bequeath_elders(self.link)
         else:
@@ -149,7 +149,7 @@ class Incumbent(Exchange):
 
     def tick(self) -> None:
         super().tick()
-        if self.state is State.PROBATION and self._elapsed >= self.owner.probation / self.limits.heartbeat:
+        if self.state is State.PROBATION and self._elapsed >= self.owner.settings.probation / self.limits.heartbeat:
             self.step(Local.PROBATION_OVER)
         if self.state is State.DRAINING:
             count = self.owner.server.connections()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -137,19 +137,15 @@ def serve(
     listen: Sequence[str] = ("tcp://127.0.0.1:9999",),
     control: str = "./takeover.sock",
     *,
-    service: str = "",
-    strict: bool = False,
     dry_run: bool = False,
-    probation: float = 1.0,
     drain_timeout: float = 30.0,
-    max_generations: int = 8,
-    allow_uids: Collection[int] = (),
+    **settings: Any,
 ) -> None:
     """Serves on the native loop until a successor has taken over and the rest has drained, or until stopped.
 
-    handler: an asyncio protocol factory, or a compiled handler like ECHO. listen: URLs. The other arguments are those
-    of join(). Call it in the main thread: it handles SIGTERM and SIGINT (stop accepting, drain to the deadline; the
-    second one ends at once).
+    handler: an asyncio protocol factory, or a compiled handler like ECHO. listen: URLs. The other arguments, and the
+    rest of the settings, are those of join(). Call it in the main thread: it handles SIGTERM and SIGINT (stop
+    accepting, drain to the deadline; the second one ends at once).
 
     Raises what join(), Service.listen() and Service.ready() raise, and Aborted when the incumbent took the service back
     in the probation.
@@ -158,17 +154,7 @@ def serve(
     try:
         with (
             _interruptible(server),
-            join(
-                control,
-                server=server,
-                service=service,
-                strict=strict,
-                dry_run=dry_run,
-                probation=probation,
-                drain_timeout=drain_timeout,
-                max_generations=max_generations,
-                allow_uids=allow_uids,
-            ) as member,
+            join(control, server=server, dry_run=dry_run, drain_timeout=drain_timeout, **settings) as member,
         ):
             server.member = member
             socks = [sock for url in listen for sock in _listen(member, url)]

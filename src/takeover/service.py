@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from . import listeners
 from .control import ControlPath, identity, remove_own
-from .controller import Controller, Held, Server
+from .controller import Controller, Held, Server, Settings
 from .errors import (
     AddressError,
     ControlPathError,
@@ -53,24 +53,9 @@ class Service:
     are its own. It may be used from any thread, and closes itself at the end of a `with` block.
     """
 
-    def __init__(
-        self,
-        control: str,
-        server: Server,
-        limits: Limits,
-        *,
-        service: str,
-        strict: bool,
-        dry_run: bool,
-        probation: float,
-        drain_timeout: float,
-        max_generations: int,
-        allow_uids: Collection[int],
-    ) -> None:
-        self._control = ControlPath(control, allow_uids)
-        self._limits = limits
-        self._strict = strict
-        self._dry_run = dry_run
+    def __init__(self, control: ControlPath, server: Server, settings: Settings) -> None:
+        self._control = control
+        self._settings = settings
         self._successor: Successor | None = None
         self._from_original = False
         self._asked: set[Any] = set()
@@ -79,15 +64,7 @@ class Service:
         self._backlogs: dict[str, int] = {}
         self._is_ready = False
         self._lock = -1
-        self._controller = Controller(
-            self._control,
-            server,
-            limits,
-            service=service,
-            probation=probation,
-            drain_timeout=drain_timeout,
-            max_generations=max_generations,
-        )
+        self._controller = Controller(control, server, settings)
         self._controller.start()
         try:
             self._join()
@@ -178,17 +155,17 @@ class Service:
         adopted = tuple(held.name for held in self._adopted)
         bound = tuple(held.name for held in self._bound)
         successor = self._successor
-        if self._strict and (unused or (bound and (successor is not None or self._from_original))):
+        if self._settings.strict and (unused or (bound and (successor is not None or self._from_original))):
             raise LocalError(
                 f"strict: {len(unused)} listeners of the incumbent are not used ({', '.join(unused) or 'none'}), "
                 f"{len(bound)} would be bound anew ({', '.join(bound) or 'none'})"
             )
         for held in (*self._adopted, *self._bound):
-            if not self._dry_run or held in self._bound:
+            if not self._settings.dry_run or held in self._bound:
                 listeners.listen(held.sock, held.url, self._backlogs[held.name])
         began = time.monotonic()
         incumbent = 0
-        if self._dry_run:
+        if self._settings.dry_run:
             self._give_up("dry run")
             incumbent = successor.elder.pid if successor is not None else 0
         elif successor is not None:
@@ -271,11 +248,11 @@ class Service:
             )
 
     def _join(self) -> None:
-        if self._dry_run and not self._control.is_locked():
+        if self._settings.dry_run and not self._control.is_locked():
             return
         began, attempts = time.monotonic(), 0
         while True:
-            lock = None if self._dry_run else self._control.lock()
+            lock = None if self._settings.dry_run else self._control.lock()
             self._lock = -1 if lock is None else lock
             sock = self._control.connect()
             try:
@@ -295,7 +272,7 @@ class Service:
                 if self._lock >= 0:
                     self._control.unlock(self._lock)
                     self._lock = -1
-            if time.monotonic() - began > self._limits.greeting:
+            if time.monotonic() - began > self._settings.limits.greeting:
                 raise TimedOut(f"somebody holds {self._control.lock_path}, but nobody listens at {self._control.path}")
             self._controller.over.wait(0.02)
 
@@ -308,7 +285,7 @@ class Service:
         if self._lock >= 0 and self._first_byte(link) == LEGACY_BYTE:
             self._adopt_original(link)
             return
-        successor = Successor(link, self._controller, dry_run=self._dry_run)
+        successor = Successor(link, self._controller, dry_run=self._settings.dry_run)
         self._controller.ask(lambda: self._controller.add(successor))
         if self._lock >= 0:
             lock, self._lock = self._lock, -1
@@ -320,7 +297,7 @@ class Service:
     def _first_byte(self, link: Link) -> bytes:
         poll = select.poll()
         poll.register(link.fileno(), select.POLLIN)
-        poll.poll(self._limits.greeting * 1000)
+        poll.poll(self._settings.limits.greeting * 1000)
         byte = link.first_byte()
         if byte not in (LEGACY_BYTE, bytes([MAGIC])):
             link.close()
@@ -368,15 +345,5 @@ def join(
     Returns when the listeners have come. Raises UsageError, ControlPathError, Refused, TimedOut, PeerLost or
     RemoteProtocolError; the incumbent, if there is one, serves on then.
     """
-    return Service(
-        control,
-        server or Server(),
-        limits or Limits(),
-        service=service,
-        strict=strict,
-        dry_run=dry_run,
-        probation=probation,
-        drain_timeout=drain_timeout,
-        max_generations=max_generations,
-        allow_uids=allow_uids,
-    )
+    settings = Settings(service, strict, dry_run, probation, drain_timeout, max_generations, limits or Limits())
+    return Service(ControlPath(control, allow_uids), server or Server(), settings)

@@ -131,7 +131,7 @@ class Successor(Exchange):
                     "dry_run": self.dry_run,
                     "build": VERSION,
                     "pid": os.getpid(),
-                    "service": self.joiner.service,
+                    "service": self.joiner.settings.service,
                 },
             )
         elif kind is Type.READY:
