@@ -1,4 +1,4 @@
-"""The machinery of the tests with real processes: rooms, servers, and clients that count what they lose."""
+"""The machinery of the tests with real processes: rooms, the servers in them, and the boundaries that they come to."""
 
 from __future__ import annotations
 
@@ -21,26 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+from clients import LIMIT, Pounder, Steady, echo_once, eventually
 from takeover import query
 from takeover.errors import TakeoverError
-
-LIMIT = 30.0
-"""Seconds after which a test gives up waiting for an event; nothing depends on how long it took."""
 
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
 FAST = {"heartbeat": 0.05, "silence": 0.3, "warming_silence": 0.5, "greeting": 1.0, "starting": 0.4}
 """Limits of the exchange for tests that wait for them to pass."""
-
-
-def eventually(question: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
-    """Asks until the answer is true, and returns it."""
-    deadline = time.monotonic() + limit
-    while True:
-        answer = question()
-        if answer:
-            return answer
-        assert time.monotonic() < deadline, f"not within {limit:g} s: {what}"
-        time.sleep(0.005)
 
 
 def free_address() -> tuple[str, int]:
@@ -155,7 +142,9 @@ class Room:
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("TAKEOVER_")},
             "TAKEOVER_BACKEND": backend,
-            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))),
+            "PYTHONPATH": os.pathsep.join(
+                map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
+            ),
             "PYTHONUNBUFFERED": "1",
         }
 
@@ -202,8 +191,11 @@ class Room:
         return int(report["pid"]) if report["state"] == "serving" else None
 
     def wait_for_owner(self, program: Program, limit: float = LIMIT) -> None:
+        """Returns when the program serves and is settled; fails when it ends instead."""
+        question = lambda: self.owner() == program.pid or not program.running
         try:
-            eventually(lambda: self.owner() == program.pid, f"pid {program.pid} owns the service", limit)
+            eventually(question, f"pid {program.pid} owns the service", limit)
+            assert program.running, f"pid {program.pid} has ended with {program.wait()}"
         except AssertionError as error:
             raise AssertionError(f"{error}; it said:\n{program.text}") from None
 
@@ -249,99 +241,6 @@ class Room:
         if kind is None and not self.tracebacks_allowed:
             for program in self.programs:
                 assert "Traceback" not in program.text, f"pid {program.pid} wrote a traceback:\n{program.text}"
-
-
-def receive_exactly(sock: socket.socket, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        part = sock.recv(size - len(data))
-        if not part:
-            raise ConnectionResetError(f"end of file after {len(data)} of {size} bytes")
-        data += part
-    return bytes(data)
-
-
-def echo_once(sock: socket.socket, data: bytes) -> None:
-    """Sends, and receives the same."""
-    sock.sendall(data)
-    assert receive_exactly(sock, len(data)) == data
-
-
-class Pounder:
-    """A client that connects anew all the time, each connection with one echo round trip; it counts every loss."""
-
-    def __init__(self, address: Any, pause: float = 0.002, timeout: float = LIMIT) -> None:
-        self.address = address
-        self.good = 0
-        self.slowest = 0.0
-        self.lost: list[OSError | AssertionError] = []
-        self._pause, self._timeout = pause, timeout
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    @property
-    def refused(self) -> int:
-        return sum(isinstance(error, ConnectionRefusedError) for error in self.lost)
-
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            began = time.monotonic()
-            try:
-                with socket.socket(socket.AF_UNIX if isinstance(self.address, str) else socket.AF_INET) as sock:
-                    sock.settimeout(self._timeout)
-                    sock.connect(self.address)
-                    echo_once(sock, os.urandom(32))
-                self.good += 1
-            except (OSError, AssertionError) as error:
-                self.lost.append(error)
-            self.slowest = max(self.slowest, time.monotonic() - began)
-            self._stopping.wait(self._pause)
-
-    def goes_on(self, limit: float = LIMIT) -> None:
-        """Returns when some connections more have been served."""
-        before = self.good
-        eventually(lambda: self.good > before + 2, f"new connections are served; lost: {self.lost[-3:]}", limit)
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self._thread.join(LIMIT)
-
-
-class Steady:
-    """Clients that stay connected and talk in turn; every byte that comes back is compared."""
-
-    def __init__(self, address: Any, count: int) -> None:
-        self.rounds = 0
-        self.lost: list[BaseException] = []
-        self._socks = [socket.create_connection(address, LIMIT) for _ in range(count)]
-        for sock in self._socks:
-            echo_once(sock, b"hello")
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        source = random.Random(7)
-        while not self._stopping.is_set() and not self.lost:
-            for sock in self._socks:
-                try:
-                    echo_once(sock, source.randbytes(source.choice((1, 100, 5000, 70_000))))
-                except (OSError, AssertionError) as error:
-                    self.lost.append(error)
-            self.rounds += 1
-            self._stopping.wait(0.002)
-
-    def goes_on(self, limit: float = LIMIT) -> None:
-        before = self.rounds
-        eventually(lambda: self.rounds > before + 1 or self.lost, "steady clients are served", limit)
-        assert not self.lost, self.lost
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self._thread.join(LIMIT)
-        for sock in self._socks:
-            sock.close()
 
 
 class Boundaries:

@@ -10,13 +10,12 @@ from processes import FAST, Room, stopped
 
 
 def test_a_successor_that_warms_up_for_longer_than_the_silence_limit_lives(room: Room) -> None:
-    """D5: it heartbeats. Three times the limit pass by the incumbent's clock, for a stopped third process is given up."""
+    """D5: it heartbeats. Three greeting limits, each twice that of its silence, pass by the incumbent's own clock."""
     old = room.member(join={"limits": FAST})
     old.wait_for("ready")
     new = room.member(join={"limits": FAST}, plan=["wait"])
     new.wait_for("waiting")
     for _ in range(3):
-        # Each round takes a greeting limit, which is twice the silence limit of a successor that warms up.
         silent = room.connect_control()
         assert silent.recv(1 << 16) and silent.recv(1) == b""
         silent.close()

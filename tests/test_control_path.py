@@ -11,7 +11,9 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from processes import LIMIT, Room
+
+from clients import LIMIT
+from processes import Room
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
-from processes import FAST, Boundaries, Pounder, Program, Room, descriptors_at_rest, eventually
+from clients import Pounder, eventually
+from processes import FAST, Boundaries, Program, Room, descriptors_at_rest
 
 CONVERGES = 5.0
 """Seconds; the guarantee is one, and a busy machine gets more."""

@@ -11,7 +11,8 @@ import sys
 
 import pytest
 
-from processes import Program, Room, echo_once, eventually, receive_exactly
+from clients import echo_once, eventually, receive_exactly
+from processes import Program, Room
 
 CHILD_HOLDS = {"0", "1", "2"}
 

@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import pytest
 
-from processes import FAST, LIMIT, Program, Room, descriptors_at_rest, eventually
-from takeover.wire import HEADER, MAGIC, Decoder, Type, encode
+from clients import LIMIT, eventually
+from processes import FAST, Program, Room, descriptors_at_rest
+from takeover.wire import HEADER, MAGIC, Decoder, Frame, Type, encode
 
 JOIN = {
     "version": 1,
@@ -40,6 +41,17 @@ def with_descriptors(sock: socket.socket, data: bytes, count: int) -> None:
         socket.send_fds(sock, [data], [file.fileno()] * count)
 
 
+def descriptors_in_the_middle(sock: socket.socket) -> None:
+    whole = encode(Type.JOIN, JOIN)
+    sock.send(whole[:20])
+    with_descriptors(sock, whole[20:], 3)
+
+
+def go_away(sock: socket.socket) -> None:
+    sock.send(encode(Type.JOIN, JOIN))
+    sock.shutdown(socket.SHUT_WR)
+
+
 Attack = Callable[[socket.socket], object]
 ATTACKS: dict[str, Attack] = {
     "says nothing": lambda sock: None,
@@ -60,11 +72,8 @@ ATTACKS: dict[str, Attack] = {
     "one announced descriptor and a stream": lambda sock: with_descriptors(
         sock, HEADER.pack(MAGIC, Type.JOIN, 1, 100) + b" " * 10_000, 1
     ),
-    "descriptors in the middle of a frame": lambda sock: (
-        sock.send(encode(Type.JOIN, JOIN)[:20]),
-        with_descriptors(sock, encode(Type.JOIN, JOIN)[20:], 3),
-    ),
-    "a successor that goes away": lambda sock: (sock.send(encode(Type.JOIN, JOIN)), sock.shutdown(socket.SHUT_WR)),
+    "descriptors in the middle of a frame": descriptors_in_the_middle,
+    "a successor that goes away": go_away,
     "a successor that says nothing more": lambda sock: sock.send(encode(Type.JOIN, JOIN)),
     "ready before it was offered anything": lambda sock: sock.send(
         encode(Type.JOIN, JOIN) + encode(Type.READY, {"adopted": [], "bound": [], "unused": []})
@@ -139,7 +148,8 @@ def test_a_frame_that_comes_byte_by_byte_is_understood_within_the_time_limit(roo
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         for byte in encode(Type.STATUS):
             sock.send(bytes([byte]))
-        decoder, frames = Decoder(), []
+        decoder = Decoder()
+        frames: list[Frame] = []
         while len(frames) < 2:
             frame = decoder.feed(sock.recv(decoder.wants()[0]), [])
             frames += [frame] if frame else []

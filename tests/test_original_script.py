@@ -7,8 +7,8 @@ import signal
 import sys
 
 import pytest
-from processes import PROGRAMS, Program, Room
 
+from processes import PROGRAMS, Program, Room
 from takeover import query
 from takeover.errors import NotRunning
 

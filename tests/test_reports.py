@@ -6,7 +6,9 @@ import json
 import socket
 
 import pytest
-from processes import LIMIT, Program, Room, descriptors_at_rest, eventually, free_address, receive_exactly
+
+from clients import LIMIT, eventually, receive_exactly
+from processes import Program, Room, descriptors_at_rest, free_address
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import signal
 
 import pytest
 
-from processes import FAST, Program, Room, descriptors_at_rest, eventually
+from clients import eventually
+from processes import FAST, Program, Room, descriptors_at_rest
 
 
 def test_a_takeover_under_load_loses_nothing_and_established_connections_are_served_until_they_leave(
@@ -43,7 +44,7 @@ def test_after_many_takeovers_the_owner_holds_no_descriptor_more(room: Room, kin
 
     def held_at_rest(program: Program) -> dict[str, int]:
         load.stop()
-        return eventually(lambda: descriptors_at_rest(program.pid), "every link is closed")
+        return dict(eventually(lambda: descriptors_at_rest(program.pid), "every link is closed"))
 
     new = start()
     room.wait_for_owner(new)

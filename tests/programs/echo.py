@@ -26,7 +26,7 @@ def report_boundaries(name: str) -> None:
 
 
 def main() -> None:
-    """Its argument: {"options": those of serve(), "limits": those of join(), "boundaries": name, "above": number, "uid": number}."""
+    """Its argument: {"options": those of serve(), "limits": those of join(), "boundaries": name, "above", "uid"}."""
     wishes: dict[str, Any] = json.loads(sys.argv[1])
     logging.raiseExceptions = False
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
@@ -35,8 +35,9 @@ def main() -> None:
     if "boundaries" in wishes:
         report_boundaries(wishes["boundaries"])
     if "limits" in wishes:
-        service.Limits = functools.partial(takeover.Limits, **wishes["limits"])  # type: ignore[assignment,misc]
+        service.Limits = functools.partial(takeover.Limits, **wishes["limits"])  # type: ignore[assignment,attr-defined]
     if "uid" in wishes:
+        "localhost".encode("idna")  # imported now, while the standard library may be read
         os.setgroups([])
         os.setgid(wishes["uid"])
         os.setuid(wishes["uid"])

@@ -1,4 +1,4 @@
-"""The original script, told anew: an echo server on select that gives its listener to whoever connects to ./takeover.sock."""
+"""The original script, told anew: an echo server that gives its listener to whoever connects to ./takeover.sock."""
 
 import array
 import os
