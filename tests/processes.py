@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -192,9 +192,12 @@ class Room:
 
     def wait_for_owner(self, program: Program, limit: float = LIMIT) -> None:
         """Returns when the program serves and is settled; fails when it ends instead."""
-        question = lambda: self.owner() == program.pid or not program.running
         try:
-            eventually(question, f"pid {program.pid} owns the service", limit)
+            eventually(
+                lambda: self.owner() == program.pid or not program.running,
+                f"pid {program.pid} owns the service",
+                limit,
+            )
             assert program.running, f"pid {program.pid} has ended with {program.wait()}"
         except AssertionError as error:
             raise AssertionError(f"{error}; it said:\n{program.text}") from None
@@ -249,12 +252,15 @@ class Boundaries:
     A process waits at each boundary for an answer, so what is done at it happens there and nowhere else.
     """
 
-    def __init__(self, at: str = "", act: Callable[[], bool] | None = None) -> None:
-        """act is called at the first boundary called `at`; a true answer means that the process hangs there."""
+    def __init__(self, acts: Mapping[str, Callable[[], bool]] | None = None) -> None:
+        """What is to be done at the first boundary of a name; a true answer means that the process hangs there.
+
+        `reached` is set when everything has been done.
+        """
         self.name = f"tko-{os.getpid()}-{os.urandom(6).hex()}"
         self.seen: list[str] = []
         self.reached = threading.Event()
-        self._at, self._act = at, act
+        self._acts = dict(acts or {})
         self._hanging: list[socket.socket] = []
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listening.bind(f"\0{self.name}")
@@ -289,10 +295,12 @@ class Boundaries:
 
     def _hangs(self, step: str) -> bool:
         self.seen.append(step)
-        if step != self._at or self.reached.is_set() or self._act is None:
+        act = self._acts.pop(step, None)
+        if act is None:
             return False
-        hangs = self._act()
-        self.reached.set()
+        hangs = act()
+        if not self._acts:
+            self.reached.set()
         return hangs
 
     @staticmethod

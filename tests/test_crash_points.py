@@ -7,7 +7,7 @@ all of them, the plain one through every third: what they differ in is not the p
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
@@ -43,9 +43,9 @@ class Scenario(NamedTuple):
         return f"{self.action} the {self.victim} when {self.step!r}"
 
 
-def start(room: Room, boundaries: Boundaries | None = None) -> Program:
+def start(room: Room, boundaries: Boundaries | None = None, probation: float = PROBATION) -> Program:
     settings = {"limits": FAST} if boundaries is None else {"limits": FAST, "boundaries": boundaries.name}
-    return room.echo(settings, probation=PROBATION)
+    return room.echo(settings, probation=probation)
 
 
 @cache
@@ -97,7 +97,7 @@ def play(backend: str, scenario: Scenario) -> None:
             programs[scenario.victim].signal(signal.SIGKILL if scenario.action == "kill" else signal.SIGSTOP)
             return False
 
-        boundaries = Boundaries(scenario.step, act)
+        boundaries = Boundaries({scenario.step: act})
         try:
             programs["incumbent"] = start(room, boundaries)
             programs["incumbent"].wait_for("serving")
@@ -170,6 +170,58 @@ def check_load(scenario: Scenario, recording: Recording, load: Pounder) -> None:
     elif scenario.victim == "successor" or holds_everything(scenario.step, recording.boundaries):
         assert not load.refused, load.lost
         assert len(load.lost) <= 1, load.lost
+
+
+def play_taking_back(backend: str, step: str | None) -> list[str]:
+    """The successor is stopped in the probation, the incumbent takes back and is killed at `step` of that.
+
+    One owner remains or none, and a new start serves. Without a step nobody is killed; returns the boundaries.
+    """
+    programs: dict[str, Program] = {}
+
+    def signalling(role: str, signum: int) -> Callable[[], bool]:
+        def act() -> bool:
+            programs[role].signal(signum)
+            return False
+
+        return act
+
+    acts = {"successor after ALIVE": signalling("successor", signal.SIGSTOP)}
+    if step is not None:
+        acts[step] = signalling("incumbent", signal.SIGKILL)
+    boundaries = Boundaries(acts)
+    try:
+        with Room(backend) as room:
+            programs["incumbent"] = start(room, boundaries, probation=60)
+            programs["incumbent"].wait_for("serving")
+            programs["successor"] = start(room, boundaries)
+            eventually(boundaries.reached.is_set, f"the boundary; the processes said:\n{said(programs)}")
+            if step is None:
+                room.wait_for_owner(programs["incumbent"], CONVERGES)
+                seen = boundaries.seen[boundaries.seen.index("incumbent before TAKE_BACK") :]
+                return seen[: seen.index("incumbent after CLOSE") + 1]
+            programs["incumbent"].wait()
+            programs["successor"].signal(signal.SIGCONT)
+            new = programs["successor"]
+            eventually(lambda: room.owner() == new.pid or not new.running, said(programs), CONVERGES)
+            last = start(room)
+            last.wait_for("took over" if new.running else "generation 1")
+            room.wait_for_owner(last)
+            room.round_trip()
+            assert not new.running or new.wait() == 0, said(programs)
+            last.signal(signal.SIGTERM)
+            assert last.wait() == 0
+            assert room.left_behind() == []
+            return []
+    finally:
+        boundaries.close()
+
+
+def test_an_incumbent_that_is_killed_while_it_takes_back_does_not_hinder_what_comes_next(backend: str) -> None:
+    steps = list(dict.fromkeys(step for step in play_taking_back(backend, None) if step.startswith("incumbent")))
+    assert {"incumbent before TAKE_BACK", "incumbent after START_ACCEPTING"} <= set(steps)
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        list(pool.map(lambda step: play_taking_back(backend, step), steps))
 
 
 @pytest.mark.timeout(300)
