@@ -1,0 +1,39 @@
+"""The examples do what they say: each takes over from itself, and who was connected is served to the end."""
+
+from __future__ import annotations
+
+import pathlib
+import socket
+import sys
+
+import pytest
+
+from clients import receive_exactly
+from processes import Room
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+def say(sock: socket.socket, line: bytes, answer: bytes) -> None:
+    sock.sendall(line)
+    assert receive_exactly(sock, len(answer)) == answer
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_an_example_takes_over_from_itself_and_serves_its_clients_to_the_end(room: Room, example: str) -> None:
+    def start() -> int:
+        program = room.run(sys.executable, str(EXAMPLES / example), room.url, room.control)
+        room.wait_for_owner(program)
+        return program.pid
+
+    def answer(pid: int) -> bytes:
+        return b"%d: hello\n" % pid if example == "blocking.py" else b"hello\n"
+
+    first = start()
+    with room.connect() as early:
+        say(early, b"hello\n", answer(first))
+        second = start()
+        with room.connect() as late:
+            say(late, b"hello\n", answer(second))
+        say(early, b"hello\n", answer(first))
+    assert room.programs[0].wait() == 0
