@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -109,18 +110,12 @@ def test_a_read_of_the_token_is_answered_in_the_state_after_it(table: Table) -> 
     assert asked and asked == answered
 
 
-@both_roles
-def test_silence_is_limited_where_it_means_something(table: Table) -> None:
-    limits = Limits()
-    for state in _states(table):
-        if (state, Local.SILENT) in table and state is not State.GREETING:
-            assert silence_limit(state, limits) is not None, state
-        elif silence_limit(state, limits) is not None:
-            other = SUCCESSOR if table is INCUMBENT else INCUMBENT
-            assert (state, Local.SILENT) in other, f"{state} has a limit and no row"
-    for state in State:
-        if budget(state, limits) is not None:
-            assert any((state, Local.OVERTIME) in each for each in (INCUMBENT, SUCCESSOR)), state
+@pytest.mark.parametrize(("event", "limit"), [(Local.SILENT, silence_limit), (Local.OVERTIME, budget)])
+def test_a_limit_is_where_a_row_is_and_a_row_where_a_limit_is(
+    event: Local, limit: Callable[[State, Limits], float | None]
+) -> None:
+    limited = {state for state in State if limit(state, Limits()) is not None}
+    assert limited == {state for table in TABLES.values() for state, happens in table if happens is event}
 
 
 def test_whoever_must_not_be_silent_sends_heartbeats() -> None:

@@ -129,7 +129,7 @@ INCUMBENT = _table(
     (State.GREETING, (Local.DENIED,), State.CLOSED, (Type.REFUSE, Do.CLOSE)),
     (State.GREETING, (Type.STATUS,), State.CLOSED, (Type.REPORT, Do.CLOSE)),
     (State.GREETING, (Type.STOP,), State.STOPPING, (Type.STOPPING, Do.STOP)),
-    (State.GREETING, (*_GONE, Local.LEAVING), State.CLOSED, (Do.CLOSE,)),
+    (State.GREETING, (Local.LOST, Local.OVERTIME, Local.LEAVING), State.CLOSED, (Do.CLOSE,)),
     (State.OFFERING, (Type.TAKEN,), State.OFFERING, (Do.OFFER,)),
     (State.OFFERING, (Local.OFFERED,), State.WARMING, ()),
     (State.OFFERING, (Type.HEARTBEAT,), State.OFFERING, ()),
@@ -145,7 +145,7 @@ INCUMBENT = _table(
     (State.COMMITTED, (Local.LEAVING,), State.CLOSED, (Do.RELEASE, Do.CLOSE)),
     (State.PROBATION, (Type.HEARTBEAT,), State.PROBATION, ()),
     (State.PROBATION, (Local.PROBATION_OVER, Type.SETTLED), State.DRAINING, (Do.RELEASE, Type.DONE)),
-    (State.PROBATION, (*_GONE, Type.ABORT), State.TAKING_BACK, (Do.TAKE_BACK,)),
+    (State.PROBATION, (Local.LOST, Local.SILENT, Type.ABORT), State.TAKING_BACK, (Do.TAKE_BACK,)),
     (State.PROBATION, (Local.LEAVING,), State.DRAINING, (Do.RELEASE, Type.DONE)),
     (State.TAKING_BACK, (Local.GOT_COMMIT,), State.CLOSED, (Do.START_ACCEPTING, Type.ABORT, Do.CLOSE)),
     (State.TAKING_BACK, (Local.GOT_SETTLE,), State.CLOSED, (Do.START_ACCEPTING, Type.UNDO, Do.CLOSE)),
@@ -157,7 +157,7 @@ INCUMBENT = _table(
 
 SUCCESSOR = _table(
     (State.GREETING, (Type.HELLO,), State.JOINING, (Type.JOIN,)),
-    (State.GREETING, (*_GONE, Local.FAIL, Type.REFUSE), State.FAILED, (Do.CLOSE,)),
+    (State.GREETING, (Local.LOST, Local.OVERTIME, Local.FAIL, Type.REFUSE), State.FAILED, (Do.CLOSE,)),
     (State.JOINING, (Type.LISTENERS,), State.JOINING, (Do.KEEP, Type.TAKEN)),
     (State.JOINING, (Local.COMPLETE,), State.WARMING, ()),
     (State.JOINING, (Type.HEARTBEAT,), State.JOINING, ()),

@@ -36,7 +36,7 @@ _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]")
 
 _MOST_DIGITS = 20
 
-REFUSALS = ("busy", "version", "room", "generations", "superseded", "stopping", "service")
+REFUSALS = ("busy", "version", "room", "generations", "service")
 
 
 class Type(enum.IntEnum):
