@@ -81,6 +81,10 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
+SLOW = ("says nothing", "half a header", "half a body", "a successor that says nothing more")
+PATIENT = {**FAST, "greeting": 600.0, "offering": 600.0, "warming_silence": 600.0}
+
+
 @pytest.fixture
 def server(room: Room) -> Program:
     program = room.echo({"limits": FAST})
@@ -88,9 +92,15 @@ def server(room: Room) -> Program:
     return program
 
 
-def test_every_attack_is_answered_with_a_hang_up_and_leaves_nothing_behind(room: Room, server: Program) -> None:
+@pytest.mark.parametrize("slow", [False, True], ids=["at once", "at the time limit"])
+def test_every_attack_is_answered_with_a_hang_up_and_leaves_nothing_behind(room: Room, slow: bool) -> None:
+    """A server with endless patience hangs up on what is wrong; on what is only slow one that has time limits."""
+    server = room.echo({"limits": FAST if slow else PATIENT})
+    room.wait_for_owner(server)
     held = eventually(lambda: descriptors_at_rest(server.pid), "the server is at rest")
     for name, attack in ATTACKS.items():
+        if (name in SLOW) is not slow:
+            continue
         with room.connect_control() as sock:
             attack(sock)
             assert hangs_up(sock), name
@@ -111,7 +121,10 @@ def test_status_and_a_takeover_work_while_hostile_connections_are_open(room: Roo
         room.wait_for_owner(new)
 
 
-def test_a_flood_of_connections_leaves_room_for_status_and_a_takeover(room: Room, server: Program) -> None:
+def test_a_flood_of_connections_leaves_room_for_status_and_a_takeover(room: Room) -> None:
+    """Each takes two descriptors; the oldest that has said nothing makes room, long before its time limit."""
+    server = room.echo({"limits": PATIENT, "nofile": 550})
+    room.wait_for_owner(server)
     with contextlib.ExitStack() as flood:
         for _ in range(600):
             flood.enter_context(room.connect_control())

@@ -84,19 +84,23 @@ def test_strict_fails_where_the_listeners_differ_and_the_incumbent_serves_on(roo
 
 
 def test_connections_that_wait_on_a_listener_that_is_left_over_are_served_not_reset(room: Room) -> None:
-    """S6: the older process goes on accepting there until its queue is empty."""
-    old = room.echo(listen=[room.url, "tcp://{}:{}".format(*(other := free_address()))])
+    """S6: the older process lets nobody new in there, and accepts until the queue is empty."""
+    other = free_address()
+    old = room.echo(listen=[room.url, "tcp://{}:{}".format(*other)])
     room.wait_for_owner(old)
-    waiting = [socket.create_connection(other, LIMIT) for _ in range(50)]
+    let_in = [socket.create_connection(other, LIMIT) for _ in range(50)]
     new = room.echo()
-    more = []
-    while not any("took over" in line for line in new.lines):
+
+    def shut() -> bool:
         try:
-            more.append(socket.create_connection(other, 0.2))
+            let_in.append(socket.create_connection(other, 0.2))
         except (ConnectionRefusedError, TimeoutError):
-            break
+            return True
+        return False
+
+    eventually(shut, "nobody is let in any more")
     new.wait_for("took over")
-    for sock in (*waiting, *more):
+    for sock in let_in:
         with sock:
             sock.settimeout(LIMIT)
             sock.send(b"late")

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import resource
 import socket
 import sys
 from typing import Any
@@ -26,10 +27,12 @@ def report_boundaries(name: str) -> None:
 
 
 def main() -> None:
-    """Its argument: {"options": those of serve(), "limits": those of join(), "boundaries": name, "above", "uid"}."""
+    """Its argument: {"options": of serve(), "limits": of join(), "boundaries", "above", "nofile", "uid"}."""
     wishes: dict[str, Any] = json.loads(sys.argv[1])
     logging.raiseExceptions = False
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
+    if "nofile" in wishes:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wishes["nofile"], wishes["nofile"]))
     for _ in range(wishes.get("above", 0)):
         os.dup(0)
     if "boundaries" in wishes:
