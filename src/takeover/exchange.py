@@ -50,6 +50,7 @@ class Exchange:
         self.link = link
         self.limits = limits
         self.machine = Machine(self.table)
+        link.expect({event for _, event in self.table if isinstance(event, Type)})
         self.reason = ""
         self.cause: Event | None = None
         self.error: TakeoverError | None = None

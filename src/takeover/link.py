@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from ._backend import fdpass
 from .control import Peer, peer_of
@@ -41,6 +41,10 @@ class Link:
         self.before_close: Callable[[], None] | None = None
         self._decoder = Decoder()
         self._queue: deque[tuple[bytes, Sequence[int]]] = deque()
+
+    def expect(self, kinds: Collection[Type]) -> None:
+        """Takes no other messages than these from now on."""
+        self._decoder.expected = kinds
 
     def fileno(self) -> int:
         return self.sock.fileno()

@@ -23,6 +23,7 @@ def _connect(control: ControlPath, deadline: float) -> Link:
         sock = control.connect()
         if sock is not None:
             link = Link(sock)
+            link.expect({Type.HELLO, Type.REPORT, Type.STOPPING, Type.REFUSE})
             if link.peer.uid not in control.allowed:
                 uid = link.peer.uid
                 link.close()

@@ -21,12 +21,16 @@ from .errors import (
     LocalProtocolError,
     PeerLost,
     TimedOut,
+    UsageError,
 )
 from .exchange import logger
 from .link import Link
 from .protocol import Limits, Local
 from .successor import Inherited, Successor
-from .wire import LEGACY_BYTE, MAGIC
+from .wire import LEGACY_BYTE, LONGEST_TEXT, MAGIC, as_text
+
+LONGEST_NAME = LONGEST_TEXT - 24
+"""Characters of a name, which leaves room for the number of a member of a group."""
 
 ATTEMPTS = 5
 """How often a successor begins anew because the incumbent died before it had handed everything over."""
@@ -103,6 +107,7 @@ class Service:
         """
         if self._is_ready:
             raise LocalProtocolError("listen() after ready(): the service has been committed with its listeners")
+        _check_text("name", name or url)
         socks = []
         for address in listeners.resolve(url):
             key = (address.family, address.type, address.address)
@@ -322,6 +327,12 @@ class Service:
         self._start_cold()
 
 
+def _check_text(what: str, text: str) -> None:
+    """Refuses what no message could carry, before anything has been done."""
+    if as_text(text) != text or len(text) > LONGEST_NAME:
+        raise UsageError(f"{what} {text[:40]!r}: at most {LONGEST_NAME} characters, none of them a control character")
+
+
 def join(
     control: str = "./takeover.sock",
     *,
@@ -345,5 +356,6 @@ def join(
     Returns when the listeners have come. Raises UsageError, ControlPathError, Refused, TimedOut, PeerLost or
     RemoteProtocolError; the incumbent, if there is one, serves on then.
     """
+    _check_text("service", service)
     settings = Settings(service, strict, dry_run, probation, drain_timeout, max_generations, limits or Limits())
     return Service(ControlPath(control, allow_uids), server or Server(), settings)

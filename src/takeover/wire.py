@@ -17,7 +17,7 @@ import enum
 import json
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from .errors import LocalProtocolError, RemoteProtocolError
@@ -214,10 +214,12 @@ class Decoder:
     """Puts frames together from reads of exactly the sizes that it asks for.
 
     `descriptors` are those of the frame that is still incomplete; they belong to whoever feeds the decoder, who closes
-    them when the connection ends early.
+    them when the connection ends early. `expected` are the types that the other side may send at all: no memory is
+    spent on the body of any other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, expected: Collection[Type] = frozenset(Type)) -> None:
+        self.expected = expected
         self.descriptors: list[int] = []
         self._header = b""
         self._body = bytearray()
@@ -255,6 +257,8 @@ class Decoder:
             self._type = Type(kind)
         except ValueError:
             raise RemoteProtocolError(f"a frame has the unknown type {kind}") from None
+        if self._type not in self.expected:
+            raise RemoteProtocolError(f"{self._type.name} is not for this side to receive")
         schema = SCHEMA[self._type]
         if self._length > schema.limit:
             raise RemoteProtocolError(
