@@ -25,12 +25,14 @@ def greet(client: socket.socket) -> None:
             lines.flush()
 
 
-def accept(listener: socket.socket, over: threading.Event) -> None:
+def accept(service: takeover.Service, listener: socket.socket, over: threading.Event) -> None:
     """Accepts until it is over. The listener stays non-blocking: it is shared with the process before and after."""
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     while not over.is_set():
-        if poll.poll(50):
+        if not service.accepts:
+            over.wait(0.05)  # a successor has taken over, and is on probation
+        elif poll.poll(50):
             try:
                 client, _ = listener.accept()
             except BlockingIOError:
@@ -47,7 +49,7 @@ def main() -> None:
         report = service.ready()
         print(f"pid {os.getpid()} serves {url}, generation {report.generation}", flush=True)
         over = threading.Event()
-        server = threading.Thread(target=accept, args=(listener, over))
+        server = threading.Thread(target=accept, args=(service, listener, over))
         server.start()
         service.wait()
         over.set()

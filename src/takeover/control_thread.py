@@ -132,14 +132,20 @@ class ControlThread:
                 if still is not None and still.data is key.data:
                     key.data(mask)
             while self._posted and not self.ended.is_set():
-                self._posted.popleft()()
+                self._run_posted(self._posted.popleft())
             if ticking and time.monotonic() >= self._next_tick:
                 self._next_tick = time.monotonic() + self.limits.heartbeat
                 due, self._at_next_tick = self._at_next_tick, []
                 for callback in due:
-                    callback()
+                    self._run_posted(callback)
                 for exchange in list(self.exchanges):
                     self.run_step(exchange, exchange.tick)
+
+    def _run_posted(self, callback: Callable[[], object]) -> None:
+        try:
+            callback()
+        except Exception:  # noqa: BLE001 - logged with its traceback, and contained
+            logger.exception("the control thread could not do what it was asked for")
 
     def _needs_ticks(self) -> bool:
         return bool(self._at_next_tick) or any(exchange.needs_ticks for exchange in self.exchanges)

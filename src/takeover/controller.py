@@ -65,12 +65,21 @@ class Settings(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A listener of the service; the socket is the server's too."""
+    """A listener of the service; the socket is the server's too, who may have closed it."""
 
     name: str
     url: str
     sock: socket.socket
+    path: str
     identity: Identity | None
+
+    @property
+    def is_open(self) -> bool:
+        return self.sock.fileno() >= 0
+
+    def remove_path(self) -> None:
+        """Removes the file of a UNIX listener, if it is still its own."""
+        remove_own(self.path, self.identity)
 
 
 class Controller(ControlThread):
@@ -78,15 +87,10 @@ class Controller(ControlThread):
 
     `state` is one of the words that status shows: joining, warming, serving, probation, draining, stopped, undone.
     `unclaimed` are the inherited listeners that nobody has asked for yet. `over` is set when the service is not this
-    process's any more, or is to end.
+    process's any more, or is to end; `yielded` from the READY of a successor on, unless that comes to nothing.
     """
 
-    def __init__(
-        self,
-        control: ControlPath,
-        server: Server,
-        settings: Settings,
-    ) -> None:
+    def __init__(self, control: ControlPath, server: Server, settings: Settings) -> None:
         super().__init__(settings.limits)
         self.control = control
         self.server = server
@@ -101,7 +105,8 @@ class Controller(ControlThread):
         self._listening: socket.socket | None = None
         self._identity: Identity | None = None
         self._lock = -1
-        self._yielded = False
+        self.yielded = False
+        self._short = False
         _controllers.add(self)
 
     # What the successor's side calls.
@@ -157,31 +162,25 @@ class Controller(ControlThread):
 
     def answer(self) -> None:
         """Answers the control socket from now on."""
-        if self._listening is not None and self._listening not in self.selector.get_map():
+        if self._listening is not None and not self.yielded and self._listening not in self.selector.get_map():
             self.selector.register(self._listening, selectors.EVENT_READ, self._accept)
 
     def estate(self) -> list[tuple[dict[str, Any], int]]:
         """What is handed over besides the token: items as LISTENERS describes them, with their descriptors."""
         assert self._listening is not None
-        device, inode = self._identity or (0, 0)
-        rest = {"name": "", "url": "", "device": device, "inode": inode}
-        listeners = [
-            (
-                {
-                    "role": "listener",
-                    "name": held.name,
-                    "url": held.url,
-                    "device": held.identity[0] if held.identity else 0,
-                    "inode": held.identity[1] if held.identity else 0,
-                },
-                held.sock.fileno(),
-            )
-            for held in self.listeners
-        ]
+
+        def item(role: str, name: str, url: str, identity: Identity | None) -> dict[str, Any]:
+            device, inode = identity or (0, 0)
+            return {"role": role, "name": name, "url": url, "device": device, "inode": inode}
+
         return [
-            ({"role": "lock", **rest}, self._lock),
-            ({"role": "control", **rest}, self._listening.fileno()),
-            *listeners,
+            (item("lock", "", "", self._identity), self._lock),
+            (item("control", "", "", self._identity), self._listening.fileno()),
+            *(
+                (item("listener", held.name, held.url, held.identity), held.sock.fileno())
+                for held in self.listeners
+                if held.is_open
+            ),
         ]
 
     def busy_with(self, asking: Exchange) -> str | None:
@@ -211,15 +210,16 @@ class Controller(ControlThread):
         """The successor is ready: nobody is accepted here any more, neither on the control socket."""
         if self._listening is not None and self._listening in self.selector.get_map():
             self.selector.unregister(self._listening)
-        self._yielded = True
+        self.yielded = True
         self.server.stop_accepting(frozenset(incumbent.ready.get("unused", ())))
 
     def resume_service(self) -> None:
         """The takeover is off: accept again. A listener that a successor has made blocking is mended."""
         for held in self.listeners:
-            os.set_blocking(held.sock.fileno(), False)
-        if self._yielded and self._listening is not None:
-            self._yielded = False
+            if held.is_open:
+                os.set_blocking(held.sock.fileno(), False)
+        if self.yielded and self._listening is not None:
+            self.yielded = False
             os.set_blocking(self._listening.fileno(), False)
             self._listening.listen(4096)
             self.answer()
@@ -229,8 +229,8 @@ class Controller(ControlThread):
         """The service is the successor's for good: what is left here drains, listeners without use too."""
         self.state = "draining"
         for held in self.listeners:
-            if held.name in incumbent.ready.get("unused", ()) and held.identity is not None:
-                remove_own(held.sock.getsockname(), held.identity)
+            if held.name in incumbent.ready.get("unused", ()) or not held.is_open:
+                held.remove_path()
         self._let_go()
         self.over.set()
         self.server.drain()
@@ -240,7 +240,7 @@ class Controller(ControlThread):
         leaving = [exchange for exchange in self._elder_exchanges() if exchange.link.between_frames]
         elders = [exchange.elder._asdict() for exchange in leaving]
         body = {"left": self.server.connections(), "elders": elders}
-        link.send(Type.DONE, body, [exchange.link.fileno() for exchange in leaving])
+        link.give(Type.DONE, body, [os.dup(exchange.link.fileno()) for exchange in leaving])
         for exchange in leaving:
             exchange.link.close()
             self.exchanges.pop(exchange, None)
@@ -275,8 +275,7 @@ class Controller(ControlThread):
             if self._listening is not None:
                 remove_own(self.control.path, self._identity)
             for held in self.listeners:
-                if held.identity is not None:
-                    remove_own(held.sock.getsockname(), held.identity)
+                held.remove_path()
             lock, self._lock = self._lock, -1
             self._let_go()
             self.control.unlock(lock)
@@ -302,7 +301,9 @@ class Controller(ControlThread):
             "version": VERSION,
             "uptime": round(time.monotonic() - self._began, 3),
             "listeners": [
-                {"name": held.name, "url": held.url, "address": url_of(held.sock)} for held in self.listeners
+                {"name": held.name, "url": held.url, "address": url_of(held.sock)}
+                for held in self.listeners
+                if held.is_open
             ],
             "connections": {"open": self.server.connections(), "draining": draining},
             "last_takeover": self.last_takeover,
@@ -316,10 +317,13 @@ class Controller(ControlThread):
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
-                logger.warning("accept %s: %s; trying again", self.control.path, error.strerror)
+                if not self._short:
+                    logger.warning("accept %s: %s; trying again", self.control.path, error.strerror)
+                self._short = True
                 self.selector.unregister(self._listening)
                 self.at_next_tick(self.answer)
                 return
+            self._short = False
             self._make_room()
             link = Link(sock)
             if link.peer.uid not in self.control.allowed:

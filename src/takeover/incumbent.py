@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 UNDECIDED = frozenset({State.OFFERING, State.WARMING, State.COMMITTED, State.PROBATION})
 
 
+RECENTLY = 2
+"""Ticks: a probation does not end while the successor is silent, for it may have stopped or died."""
+
+
 class Incumbent(Exchange):
     """Owns its end of the token from the first offer until the exchange is decided."""
 
@@ -143,13 +147,16 @@ class Incumbent(Exchange):
         ]
 
     def changed(self, before: State) -> None:
+        if self.state is State.PROBATION and not self.owner.settings.probation:
+            self.step(Local.PROBATION_OVER)
         if before in UNDECIDED | {State.TAKING_BACK} and self.state not in UNDECIDED | {State.TAKING_BACK}:
             close_all([self._token])
             self.owner.decided(self)
 
     def tick(self) -> None:
         super().tick()
-        if self.state is State.PROBATION and self._elapsed >= self.owner.settings.probation / self.limits.heartbeat:
+        passed = self._elapsed >= self.owner.settings.probation / self.limits.heartbeat
+        if self.state is State.PROBATION and passed and self._silent <= RECENTLY:
             self.step(Local.PROBATION_OVER)
         if self.state is State.DRAINING:
             count = self.owner.server.connections()

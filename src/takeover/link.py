@@ -30,7 +30,8 @@ class Link:
     """Owns the socket, the pidfd of the peer and whatever descriptors a frame that never became whole had brought.
 
     `lost` turns true at end-of-file, at a reset, and when the peer's process is found dead with nothing left to read.
-    Descriptors that are sent stay the caller's, who keeps them open until the frame was answered.
+    Descriptors that are sent stay the caller's, who keeps them open until the frame was answered; those of give() are
+    the link's, and closed as soon as they have gone.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -41,6 +42,7 @@ class Link:
         self.before_close: Callable[[], None] | None = None
         self._decoder = Decoder()
         self._queue: deque[tuple[bytes, Sequence[int]]] = deque()
+        self._given: list[int] = []
 
     def expect(self, kinds: Collection[Type]) -> None:
         """Takes no other messages than these from now on."""
@@ -69,30 +71,38 @@ class Link:
         self._queue.append((encode(kind, body, len(descriptors)), descriptors))
         self.flush()
 
+    def give(self, kind: Type, body: Body, descriptors: Sequence[int]) -> None:
+        """As send(), and the descriptors are the link's from now on."""
+        self._given += descriptors
+        self.send(kind, body, descriptors)
+
     def flush(self) -> None:
         """Sends what the socket takes of what is queued.
 
         A peer that is gone is no error here: what it sent before may still be read, and the end of that tells.
         """
-        while self._queue:
-            data, descriptors = self._queue[0]
-            try:
+        try:
+            while self._queue:
+                data, descriptors = self._queue[0]
                 if descriptors:
                     sent = fdpass.send_descriptors(self.sock.fileno(), data, descriptors)
                 else:
                     sent = self.sock.send(data, socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                return
-            except (BrokenPipeError, ConnectionResetError):
-                self._queue.clear()
-                return
-            except OSError:
-                self._queue.clear()
-                raise
-            if sent == len(data):
-                self._queue.popleft()
-            else:
-                self._queue[0] = (data[sent:], ())
+                if sent == len(data):
+                    self._queue.popleft()
+                else:
+                    self._queue[0] = (data[sent:], ())
+        except BlockingIOError:
+            return
+        except (BrokenPipeError, ConnectionResetError):
+            self._queue.clear()
+        except OSError:
+            self._queue.clear()
+            raise
+        finally:
+            if not self._queue:
+                close_all(self._given)
+                self._given.clear()
 
     def first_byte(self) -> bytes | None:
         """The next byte without taking it; b"" at the end, None where nothing has come yet."""
@@ -143,7 +153,8 @@ class Link:
             self.before_close()
             self.before_close = None
         self._queue.clear()
-        close_all(self._decoder.descriptors)
+        close_all([*self._decoder.descriptors, *self._given])
+        self._given.clear()
         self._decoder = Decoder()
         self.sock.close()
         if self.peer.pidfd is not None:

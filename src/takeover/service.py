@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from . import listeners
-from .control import ControlPath, identity, remove_own
+from .control import ControlPath, Identity, identity
 from .controller import Controller, Held, Server, Settings
 from .errors import (
     AddressError,
@@ -86,6 +86,14 @@ class Service:
         """The word that `takeover status` shows for this process."""
         return self._controller.state
 
+    @property
+    def accepts(self) -> bool:
+        """Whether this process is to accept: from ready() on, until a successor takes over or the service ends.
+
+        It turns true again when a takeover is undone. A server that is told by its `server` argument need not ask.
+        """
+        return self._is_ready and not self._controller.yielded and not self._controller.over.is_set()
+
     def listen(self, url: str, *, name: str | None = None, backlog: int = listeners.BACKLOG) -> socket.socket:
         """The one socket of an address: adopted from the incumbent if it has it, else bound anew.
 
@@ -119,8 +127,7 @@ class Service:
                 self._controller.unclaimed.remove(kept)
                 sock = socket.socket(fileno=kept.descriptor)
                 sock.setblocking(False)
-                own = kept.identity if sock.family == socket.AF_UNIX else None
-                socks.append(self._hold(self._adopted, sock, name, url, own, backlog))
+                socks.append(self._hold(self._adopted, sock, name, url, kept.identity, backlog))
             for _ in range(max(1, address.members) - len(adopted)):
                 sock = listeners.bind(address)
                 own = identity(address.address) if sock.family == socket.AF_UNIX else None
@@ -133,7 +140,7 @@ class Service:
         sock: socket.socket,
         name: str | None,
         url: str,
-        own: tuple[int, int] | None,
+        own: Identity | None,
         backlog: int,
     ) -> socket.socket:
         taken = {held.name for held in (*self._adopted, *self._bound)}
@@ -142,7 +149,8 @@ class Service:
         while unique in taken:
             count += 1
             unique = f"{wanted}#{count}"
-        where.append(Held(unique, url, sock, own))
+        path = sock.getsockname() if sock.family == socket.AF_UNIX else ""
+        where.append(Held(unique, url, sock, path, own if path else None))
         self._backlogs[unique] = backlog
         return sock
 
@@ -156,6 +164,8 @@ class Service:
         Raises Aborted, TimedOut or PeerLost if the incumbent does not let go; it serves on then, and this process is to
         end. Raises LocalError for a listener that was not adopted where strict was asked for.
         """
+        if self._is_ready:
+            raise LocalProtocolError("ready() was called before; a process joins a service once")
         unused = tuple(kept.name for kept in self._controller.unclaimed)
         adopted = tuple(held.name for held in self._adopted)
         bound = tuple(held.name for held in self._bound)
@@ -232,8 +242,8 @@ class Service:
             self._control.unlock(self._lock)
             self._lock = -1
         for held in self._bound:
-            if not owned and held.identity is not None:
-                remove_own(held.sock.getsockname(), held.identity)
+            if not owned:
+                held.remove_path()
         for held in (*self._adopted, *self._bound):
             held.sock.close()
 
@@ -292,11 +302,11 @@ class Service:
             return
         successor = Successor(link, self._controller, dry_run=self._settings.dry_run)
         self._controller.ask(lambda: self._controller.add(successor))
+        self._successor = successor
+        successor.joined.result()
         if self._lock >= 0:
             lock, self._lock = self._lock, -1
             self._controller.ask(lambda: self._controller.keep_lock(lock))
-        self._successor = successor
-        successor.joined.result()
         self._controller.unclaimed = self._controller.ask(successor.take_listeners)
 
     def _first_byte(self, link: Link) -> bytes:

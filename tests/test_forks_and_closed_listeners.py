@@ -1,0 +1,65 @@
+"""What a server does to itself: forks in a handler (F13), listeners that it closes, ready() called twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+
+import takeover
+from clients import eventually
+from processes import PROGRAMS, Program, Room
+from takeover.errors import LocalProtocolError
+
+
+def start(room: Room) -> Program:
+    program = room.run(sys.executable, str(PROGRAMS / "forking.py"), room.url, room.control)
+    room.wait_for_owner(program)
+    return program
+
+
+def test_a_child_that_a_handler_forked_holds_nothing_that_hinders_a_new_start(room: Room) -> None:
+    first = start(room)
+    with room.connect() as sock:
+        sock.sendall(b"fork")
+        child = int(sock.makefile("rb").readline())
+        try:
+            first.signal(signal.SIGKILL)
+            first.wait()
+            second = start(room)
+            assert room.status()["pid"] == second.pid
+            os.kill(child, 0)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_listener_that_was_closed_is_neither_shown_nor_handed_over(room: Room) -> None:
+    with takeover.join(room.control, probation=0) as old:
+        old.listen(room.url)
+        given_up = old.listen(f"unix:{room.folder}/given-up")
+        old.ready()
+        given_up.close()
+        assert [listener["url"] for listener in old.status()["listeners"]] == [room.url]
+        with takeover.join(room.control) as new:
+            new.listen(room.url)
+            assert new.ready().unused == ()
+            assert old.wait(30)
+    assert room.left_behind() == []
+
+
+def test_ready_is_called_once_and_tells_when_to_accept(room: Room) -> None:
+    with takeover.join(room.control, probation=0) as old:
+        old.listen(room.url)
+        assert not old.accepts
+        old.ready()
+        assert old.accepts
+        with pytest.raises(LocalProtocolError, match="before"):
+            old.ready()
+        with takeover.join(room.control) as new:
+            new.listen(room.url)
+            assert old.accepts and not new.accepts
+            new.ready()
+            assert new.accepts and not old.accepts
+        eventually(lambda: old.state == "draining", "the old process drains")
