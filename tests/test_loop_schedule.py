@@ -185,6 +185,32 @@ def test_a_signal_is_handled_in_the_loop_and_everything_put_back(loop: Any) -> N
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_a_signal_that_comes_while_its_handler_is_being_set_is_handled_once(
+    loop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_handler = signal.signal
+
+    def set_and_raise(signum: int, handler: Any) -> Any:
+        former = set_handler(signum, handler)
+        signal.raise_signal(signum)
+        return former
+
+    heard: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(signal, "signal", set_and_raise)
+        loop.add_signal_handler(signal.SIGUSR1, heard.append, "heard")
+    for _ in range(2):
+        loop.call_soon(loop.stop)
+        loop.run()
+    assert heard == ["heard"]
+
+
+def test_a_signal_that_cannot_be_handled_is_refused(loop: Any) -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        loop.add_signal_handler(signal.SIGKILL, print)
+    assert not loop.remove_signal_handler(signal.SIGKILL)
+
+
 def test_a_signal_without_a_handler_raises_from_run_also_while_native_connections_are_busy(
     loop_module: ModuleType,
 ) -> None:

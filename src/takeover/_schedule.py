@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
 import os
@@ -14,10 +15,6 @@ from types import FrameType
 from typing import Any
 
 log = logging.getLogger("takeover")
-
-
-def _ignore(signum: int, frame: FrameType | None) -> None:
-    """The Python-level handler of a signal whose number went through the wakeup descriptor."""
 
 
 class Timer:
@@ -61,8 +58,9 @@ class Timer:
 class Schedule:
     """The callbacks and timers of one loop. `wakeup` is a descriptor that turns readable when `woken` is to be called.
 
-    Only call_soon_threadsafe may be called from other threads. A byte in the pipe is a signal's number, or 0 for
-    call_soon_threadsafe, which writes no second one before the first was read: so signals always find room.
+    Only call_soon_threadsafe may be called from other threads. A byte in the pipe only wakes the loop: the interpreter
+    writes one for a signal before its Python-level handler runs, which makes the callback ready. So a signal that comes
+    while its handler is being set is neither lost nor counted twice.
     """
 
     def __init__(self) -> None:
@@ -123,20 +121,19 @@ class Schedule:
             self.ready.popleft().run()
 
     def woken(self) -> None:
-        """Empty the pipe, and make the handlers of the signals in it ready."""
+        """Empty the pipe."""
         with self._lock:
             self._awake = False
-            try:
-                data = os.read(self.wakeup, 4096)
-            except BlockingIOError:
-                return
-        for signum in data:
-            if signum in self._signals:
-                _, callback, args = self._signals[signum]
-                self.call_soon(callback, *args)
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.wakeup, 4096)
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if signum in self._signals and not self.closed:
+            _, callback, args = self._signals[signum]
+            self.call_soon(callback, *args)
 
     def catch_signals(self) -> bool:
-        """Have signals' numbers written to the pipe; True if that is new, False on another than the main thread."""
+        """Have signals wake the loop through the pipe; True if that is new, False on another than the main thread."""
         if self._former_wakeup is not None or threading.current_thread() is not threading.main_thread():
             return False
         self._former_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -153,10 +150,15 @@ class Schedule:
             raise TypeError(f"a callable is required, not {callback!r}")
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("signals can only be handled on the main thread: add the handler there")
-        former = self._signals[signum][0] if signum in self._signals else signal.signal(signum, _ignore)
-        signal.siginterrupt(signum, False)
-        self._signals[signum] = (former, callback, args)
         self.catch_signals()
+        former = self._signals[signum][0] if signum in self._signals else signal.getsignal(signum)
+        self._signals[signum] = (former, callback, args)
+        try:
+            signal.signal(signum, self._handle)
+        except OSError:
+            del self._signals[signum]
+            raise
+        signal.siginterrupt(signum, False)
 
     def remove_signal_handler(self, signum: int) -> bool:
         if signum not in self._signals:
