@@ -49,7 +49,11 @@ def loop_module(backend: str) -> ModuleType:
 
 
 @pytest.fixture
-def room(backend: str) -> Iterator[Room]:
-    """A folder of its own for real processes on the backend; they are killed, and it is removed, at the end."""
+def room(backend: str, fdpass: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
+    """A folder of its own for real processes on the backend; they are killed, and it is removed, at the end.
+
+    What the test itself joins passes its descriptors with that backend too.
+    """
+    monkeypatch.setattr("takeover.link.fdpass", fdpass)
     with Room(backend) as room:
         yield room

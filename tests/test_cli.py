@@ -52,6 +52,7 @@ def test_status_as_json_has_what_programs_need(room: Room) -> None:
     assert [listener["url"] for listener in report["listeners"]] == [room.url]
     assert report["connections"] == {"open": 1, "draining": []}
     assert report["last_takeover"] is None
+    assert report["role"] == "incumbent"
     assert {"version", "uptime"} <= report.keys()
 
 

@@ -230,7 +230,7 @@ def render(report: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name in ("pid", "generation", "state", "service", "backend", "version"):
+    for name in ("pid", "generation", "state", "role", "service", "backend", "version"):
         table.add_row(name, str(report.get(name, "")))
     table.add_row("uptime", f"{report.get('uptime', 0):.1f} s")
     for listener in report.get("listeners", []):

@@ -296,6 +296,7 @@ class Controller(ControlThread):
             "pid": os.getpid(),
             "generation": self.generation,
             "state": self.state,
+            "role": "successor" if self.state == "probation" else "incumbent",
             "service": self.settings.service,
             "backend": backend,
             "version": VERSION,

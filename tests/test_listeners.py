@@ -1,0 +1,172 @@
+"""Addresses: what a URL stands for, and which inherited socket is which (the kernel says, not the name)."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+import takeover
+from clients import eventually
+from processes import Room
+from takeover import listeners
+from takeover.errors import AddressError, ListenError
+
+
+@contextmanager
+def taken_over(
+    room: Room, old_urls: list[str], new_urls: list[str]
+) -> Iterator[tuple[takeover.Report, dict[str, list[socket.socket]]]]:
+    """What a successor reports, and its sockets by URL, after it has taken over."""
+    with takeover.join(room.control, probation=0) as old:
+        for url in old_urls:
+            old.listen_all(url)
+        old.ready()
+        with takeover.join(room.control) as new:
+            socks = {url: new.listen_all(url) for url in new_urls}
+            report = new.ready()
+            eventually(lambda: new.state == "serving", "the takeover is settled")
+            yield report, socks
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "127.0.0.1:80", "http://127.0.0.1:80", "tcp://:80", "tcp://127.0.0.1", "tcp://127.0.0.1:http", "tcp://::1:80",
+        "tcp://127.0.0.1:65536", "tcp://127.0.0.1:80?reuseport=0", "tcp://127.0.0.1:80?v6only", "tcp://127.0.0.1:80/x",
+        "tcp://no.such.host.invalid:80", "unix:" + "x" * 200,
+    ],
+)  # fmt: skip
+def test_what_is_no_address_is_refused_with_a_reason(url: str) -> None:
+    with pytest.raises(AddressError) as caught:
+        listeners.resolve(url)
+    assert url in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_same_address_twice_is_a_mistake_also_under_another_spelling(room: Room) -> None:
+    with takeover.join(room.control) as service:
+        service.listen(room.url)
+        with pytest.raises(AddressError, match="already"):
+            service.listen(room.url)
+        service.listen(f"unix:{room.folder}/a")
+        with pytest.raises(AddressError, match="already"):
+            service.listen(f"unix://{room.folder}/./a")
+
+
+def test_one_socket_is_not_enough_for_an_address_that_stands_for_several(room: Room) -> None:
+    with takeover.join(room.control) as service, pytest.raises(AddressError, match="listen_all"):
+        service.listen("tcp://127.0.0.1:0?reuseport=2")
+
+
+def test_an_ipv6_listener_takes_ipv6_only_unless_told_otherwise(room: Room) -> None:
+    with takeover.join(room.control) as service:
+        only = service.listen("tcp://[::]:0")
+        both = service.listen("tcp://[::]:0?v6only=0")
+        service.ready()
+        with socket.create_connection(("127.0.0.1", both.getsockname()[1]), 5):
+            eventually(lambda: _accepts(both), "the IPv4 client is in the queue")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", only.getsockname()[1]), 5)
+
+
+def _accepts(sock: socket.socket) -> bool:
+    try:
+        sock.accept()[0].close()
+    except BlockingIOError:
+        return False
+    return True
+
+
+def test_a_listener_for_both_families_is_not_adopted_as_one_for_ipv6_alone(room: Room) -> None:
+    with socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        port = probe.getsockname()[1]
+    both, only = f"tcp://[::]:{port}?v6only=0", f"tcp://[::]:{port}"
+    with takeover.join(room.control) as old:
+        old.listen(both)
+        old.ready()
+        with takeover.join(room.control) as new:
+            with pytest.raises(ListenError, match="somebody else"):
+                new.listen(only)
+    with taken_over(room, [both], [both]) as (report, _):
+        assert (report.adopted, report.bound) == ((both,), ())
+
+
+def test_a_listener_on_any_port_is_adopted_by_its_url_and_keeps_its_port(room: Room) -> None:
+    with takeover.join(room.control, probation=0) as old:
+        port = old.listen("tcp://127.0.0.1:0").getsockname()[1]
+        old.ready()
+        with takeover.join(room.control) as new:
+            assert new.listen("tcp://127.0.0.1:0").getsockname()[1] == port
+            assert new.ready().bound == ()
+
+
+def test_an_adopted_listener_is_known_by_its_address_and_not_by_its_name(room: Room) -> None:
+    with takeover.join(room.control, probation=0) as old:
+        old.listen(room.url, name="old name")
+        old.ready()
+        with takeover.join(room.control) as new:
+            new.listen(room.url, name="new name")
+            report = new.ready()
+            assert (report.adopted, report.bound, report.unused) == (("new name",), (), ())
+            assert new.status()["listeners"][0]["name"] == "new name"
+
+
+def test_datagrams_that_wait_in_a_udp_socket_are_read_by_the_successor(room: Room) -> None:
+    url = "udp://127.0.0.1:0"
+    with takeover.join(room.control, probation=0) as old, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        address = old.listen(url).getsockname()
+        old.ready()
+        client.sendto(b"sent to the old process", address)
+        with takeover.join(room.control) as new:
+            sock = new.listen(url)
+            assert sock.getsockname() == address
+            new.ready()
+            assert sock.recv(100) == b"sent to the old process"
+
+
+def test_a_unix_listener_keeps_its_path_and_its_queue_and_only_the_last_owner_removes_it(room: Room) -> None:
+    path = os.path.join(room.folder, "service.sock")
+    url = f"unix:{path}"
+    with takeover.join(room.control, probation=0) as old:
+        old.listen(url)
+        old.ready()
+        inode = os.lstat(path).st_ino
+        with socket.socket(socket.AF_UNIX) as client, takeover.join(room.control) as new:
+            client.connect(path)
+            client.sendall(b"waits")
+            sock = new.listen(url)
+            new.ready()
+            assert old.wait(30)
+            old.close()
+            assert os.lstat(path).st_ino == inode
+            with sock.accept()[0] as served:
+                assert served.recv(5) == b"waits"
+    assert room.left_behind() == []
+
+
+def test_a_successor_that_fails_removes_the_unix_listener_that_it_had_bound_anew(room: Room) -> None:
+    with takeover.join(room.control) as old:
+        old.listen(room.url)
+        old.ready()
+        with takeover.join(room.control) as new:
+            new.listen(f"unix:{room.folder}/new")
+        assert "new" not in room.left_behind()
+        assert old.state == "serving"
+
+
+def test_several_listeners_of_all_kinds_change_hands_at_once(room: Room) -> None:
+    urls = [
+        "tcp://127.0.0.1:0",
+        "tcp://[::1]:0",
+        f"unix:{room.folder}/a",
+        "udp://127.0.0.1:0",
+        "tcp://127.0.0.2:0?reuseport=3",
+    ]
+    with taken_over(room, urls, urls) as (report, socks):
+        assert len(report.adopted) == 7 and report.bound == report.unused == ()
+        assert [len(found) for found in socks.values()] == [1, 1, 1, 1, 3]
+        assert not any(sock.getblocking() or sock.get_inheritable() for found in socks.values() for sock in found)
