@@ -88,9 +88,8 @@ def test_a_listener_for_both_families_is_not_adopted_as_one_for_ipv6_alone(room:
     with takeover.join(room.control) as old:
         old.listen(both)
         old.ready()
-        with takeover.join(room.control) as new:
-            with pytest.raises(ListenError, match="somebody else"):
-                new.listen(only)
+        with takeover.join(room.control) as new, pytest.raises(ListenError, match="somebody else"):
+            new.listen(only)
     with taken_over(room, [both], [both]) as (report, _):
         assert (report.adopted, report.bound) == ((both,), ())
 
