@@ -18,7 +18,7 @@ CHILD_HOLDS = {"0", "1", "2"}
 
 
 def child_of(program: Program) -> int:
-    return int(program.wait_for("child").rpartition(" ")[2])
+    return int(program.wait_for("child is ").rpartition(" ")[2])
 
 
 @pytest.fixture

@@ -234,7 +234,9 @@ def test_write_takes_every_bytes_like_object_and_nothing_else(case: Case) -> Non
     assert read_to_the_end(client) == b"abc" + struct.pack("i", 1) + b"def"
 
 
+@pytest.mark.parametrize("case", ["cython", "python"], indirect=True)
 def test_what_was_written_can_be_changed_afterwards(case: Case) -> None:
+    """Not so on asyncio, whose 3.12 keeps a view of what it could not send at once."""
     recorder = Recorder()
     client = case.pair(recorder)
     written = fill(case, recorder)

@@ -19,7 +19,7 @@ def fork(socks: list[socket.socket]) -> None:
     if child == 0:
         for sock in socks:
             sock.close()
-        print(f"child {os.getpid()}", flush=True)
+        print(f"child is {os.getpid()}", flush=True)
         signal.pause()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
@@ -37,7 +37,7 @@ def do(step: str, socks: list[socket.socket]) -> None:
         fork(socks)
     elif step == "spawn":
         child = subprocess.Popen(["sleep", "1000"], close_fds=False)
-        print(f"child {child.pid}", flush=True)
+        print(f"child is {child.pid}", flush=True)
     elif step == "fail":
         raise RuntimeError("the new version is broken")
 
