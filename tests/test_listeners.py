@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,10 +82,19 @@ def _accepts(sock: socket.socket) -> bool:
     return True
 
 
+def lasting_port() -> int:
+    """A port that is free on every address, and that the kernel gives to nobody else meanwhile: it is not ephemeral."""
+    while True:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            port = random.randint(20_000, 32_000)
+            with contextlib.suppress(OSError):
+                probe.bind(("::", port))
+                return port
+
+
 def test_a_listener_for_both_families_is_not_adopted_as_one_for_ipv6_alone(room: Room) -> None:
-    with socket.socket(socket.AF_INET6) as probe:
-        probe.bind(("::1", 0))
-        port = probe.getsockname()[1]
+    port = lasting_port()
     both, only = f"tcp://[::]:{port}?v6only=0", f"tcp://[::]:{port}"
     with takeover.join(room.control) as old:
         old.listen(both)
