@@ -550,3 +550,12 @@ def test_a_default_timeout_changes_nothing(fdpass: ModuleType, pair: Pair, some:
         assert [os.get_blocking(end.fileno()) for end in pair] == [blocking, blocking]
     finally:
         socket.setdefaulttimeout(None)
+
+
+def test_descriptors_are_closed_whatever_else_is_among_them(fdpass: ModuleType) -> None:
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(600)]
+    fdpass.close_descriptors([-1, 1 << 20, *held, -1])
+    for descriptor in held:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+    fdpass.close_descriptors([])

@@ -193,3 +193,21 @@ def receive_descriptors(int sock, Py_ssize_t size, int max_descriptors):
     except BaseException:
         close_all(batch, count)
         raise
+
+
+def close_descriptors(descriptors):
+    """Closes descriptors that nobody is going to use, without the GIL.
+
+    Negative numbers stand for none. What close(2) says is of no interest: on Linux the number is free whatever it says.
+    """
+    cdef int[MOST] batch
+    cdef int count = 0
+    for descriptor in tuple(descriptors):
+        batch[count] = descriptor
+        count += 1
+        if count == MOST:
+            with nogil:
+                close_all(batch, count)
+            count = 0
+    with nogil:
+        close_all(batch, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from array import array
@@ -58,3 +59,10 @@ def receive_descriptors(sock: int, size: int, max_descriptors: int) -> tuple[byt
         for descriptor in descriptors:
             os.close(descriptor)
         raise
+
+
+def close_descriptors(descriptors: Sequence[int]) -> None:
+    """Closes descriptors that nobody is going to use; negative numbers stand for none."""
+    for descriptor in tuple(descriptors):
+        with contextlib.suppress(OSError):
+            os.close(descriptor)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import socket
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -19,11 +17,7 @@ FRAMES_AT_ONCE = 32
 
 def close_all(descriptors: Sequence[int]) -> None:
     """Closes descriptors that nobody is going to use; negative ones stand for none."""
-    for descriptor in descriptors:
-        if descriptor < 0:
-            continue
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
+    fdpass.close_descriptors(descriptors)
 
 
 class Link:
