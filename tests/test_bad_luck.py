@@ -273,3 +273,11 @@ def test_an_interrupted_incumbent_leaves_the_service_to_the_successor(room: Room
     load.goes_on()
     load.stop()
     assert not load.lost, load.lost
+
+
+def test_a_signal_that_comes_when_all_is_over_changes_nothing(room: Room) -> None:
+    old = room.echo({"late": True})
+    room.wait_for_owner(old)
+    new = room.echo()
+    room.wait_for_owner(new)
+    assert old.wait() == 0, old.text

@@ -113,13 +113,13 @@ class NativeServer(Server):
 
 @contextmanager
 def _interruptible(server: NativeServer) -> Iterator[None]:
-    """Until the loop has the signals: SIGTERM and SIGINT raise Interrupted, which undoes what has been done.
+    """While the loop does not have the signals: SIGTERM and SIGINT raise Interrupted, which undoes what has been done.
 
-    Once the service is ours there is nothing to undo, and they wait for the loop.
+    Once the service is ours there is nothing to undo, and they wait for the loop; once it was, there is nothing to end.
     """
 
     def interrupt(signum: int, _frame: FrameType | None) -> None:
-        if server.member is not None and server.member.state in ("serving", "probation"):
+        if server.member is not None and server.member.state not in ("joining", "warming"):
             server.signals.append(signum)
             return
         raise Interrupted(f"{signal.Signals(signum).name} before the service was ready")
@@ -151,22 +151,20 @@ def serve(
     in the probation.
     """
     server = NativeServer(drain_timeout)
-    try:
-        with (
-            _interruptible(server),
-            join(control, server=server, dry_run=dry_run, drain_timeout=drain_timeout, **settings) as member,
-        ):
-            server.member = member
-            socks = [sock for url in listen for sock in _listen(member, url)]
-            report = member.ready()
-            _tell(report, listen, dry_run=dry_run)
-            if dry_run:
-                return
-            for sock in socks:
-                server.listeners[member.name_of(sock)] = server.loop.listen(sock, handler)
-            _run(server, member)
-    finally:
-        server.loop.close()
+    with _interruptible(server):
+        try:
+            with join(control, server=server, dry_run=dry_run, drain_timeout=drain_timeout, **settings) as member:
+                server.member = member
+                socks = [sock for url in listen for sock in _listen(member, url)]
+                report = member.ready()
+                _tell(report, listen, dry_run=dry_run)
+                if dry_run:
+                    return
+                for sock in socks:
+                    server.listeners[member.name_of(sock)] = server.loop.listen(sock, handler)
+                _run(server, member)
+        finally:
+            server.loop.close()
     if server.failure is not None:
         raise server.failure
 

@@ -1,10 +1,12 @@
 """The echo server with what only tests may do to it: short limits, boundaries to wait at, high descriptor numbers."""
 
+import atexit
 import functools
 import json
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 from typing import Any
@@ -26,8 +28,20 @@ def report_boundaries(name: str) -> None:
     Exchange.boundary = boundary
 
 
+def signal_late() -> None:
+    """SIGTERM to itself when the service has ended: as its part in it is closed, and as the interpreter ends."""
+    close = service.Service.close
+
+    def close_and_signal(self: service.Service) -> None:
+        close(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    service.Service.close = close_and_signal  # type: ignore[method-assign]
+    atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+
+
 def main() -> None:
-    """Its argument: {"options": of serve(), "limits": of join(), "boundaries", "above", "nofile", "uid"}."""
+    """Its argument: {"options": of serve(), "limits": of join(), "boundaries", "above", "nofile", "uid", "late"}."""
     wishes: dict[str, Any] = json.loads(sys.argv[1])
     logging.raiseExceptions = False
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
@@ -39,6 +53,8 @@ def main() -> None:
         report_boundaries(wishes["boundaries"])
     if "limits" in wishes:
         service.Limits = functools.partial(takeover.Limits, **wishes["limits"])  # type: ignore[assignment,attr-defined]
+    if "late" in wishes:
+        signal_late()
     if "uid" in wishes:
         "localhost".encode("idna")  # imported now, while the standard library may be read
         os.setgroups([])
