@@ -51,7 +51,8 @@ cdef enum:
     VECTOR = 64             # chunks that one sendmsg takes: 1 MiB
 
 cdef enum Kind:
-    FREE, WAKEUP, NATIVE, PROTOCOL, NATIVE_LISTENER, PROTOCOL_LISTENER
+    FREE, NATIVE, PROTOCOL, NATIVE_LISTENER, PROTOCOL_LISTENER
+    WATCH  # a descriptor that is not the loop's, with callbacks for when it can be read or written
 
 cdef enum Flag:
     PAUSED = 1        # the handler does not want to read
@@ -60,6 +61,8 @@ cdef enum Flag:
     EOF_QUEUED = 8    # our FIN goes out, or went out, behind the backlog
     CLOSING = 16      # no reading any more; closed as soon as the backlog is sent
     LOST = 32         # over; its backlog is dropped, and only the last callback and close() are left
+    HELD = 64         # on its way between two processes: neither read nor written, what a handler writes is queued
+    STAYS = 128       # it cannot move, or nobody wants it
 
 cdef struct Chunk:
     Chunk *next
@@ -79,10 +82,14 @@ cdef struct Connection:
     uint8_t kind
     uint8_t flags
     uint8_t events        # what epoll watches; with 0 the descriptor is not in the set (EPOLLHUP cannot be masked)
+    uint8_t moves         # how often it has moved, 255 for more
+    uint16_t origin       # which of Core.origins it came from
 
 cdef struct Callbacks:
     size_t high           # water marks of the backlog, in bytes
     size_t low
+    int32_t version       # of the state that `exported` writes
+    int32_t oldest        # and the oldest one that `imported` reads
     void *context         # the handler's own, for all its connections
     void (*opened)(Core *core, Connection *connection) noexcept nogil
     void (*received)(Core *core, Connection *connection, const char *data, size_t size) noexcept nogil
@@ -90,12 +97,20 @@ cdef struct Callbacks:
     void (*filled)(Core *core, Connection *connection) noexcept nogil
     void (*drained)(Core *core, Connection *connection) noexcept nogil
     void (*closed)(Core *core, Connection *connection, int error) noexcept nogil
+    ssize_t (*exported)(Core *core, Connection *connection, char *room, size_t size) noexcept nogil
+    bint (*imported)(Core *core, Connection *connection, const char *state, size_t size) noexcept nogil
+
+cdef struct Origin:
+    uint64_t inode        # of a listening socket, which is the same in every process that holds it
+    const Callbacks *callbacks
+    void *listener        # the Listener of this loop, borrowed; NULL for one of another process
 
 cdef struct Acceptor:
     int fd
     int error             # for which it had to leave the poll set
     bint pausing          # since then nothing was accepted
     size_t accepted
+    uint16_t origin
     const Callbacks *callbacks
     Connection *place     # NULL when it does not listen
     void *listener        # the Listener, borrowed
@@ -111,6 +126,8 @@ cdef struct Core:
     size_t spare_count
     char *buffer
     epoll_event *events
+    Origin *origins
+    size_t origin_count
 
 
 cdef inline Connection *place(Core *core, int fd) noexcept nogil:
@@ -159,9 +176,9 @@ cdef inline int watch(Core *core, Connection *connection, uint8_t wanted) noexce
 cdef inline int arm(Core *core, Connection *connection) noexcept nogil:
     """Watch what the state of the connection asks for. Returns errno."""
     cdef uint8_t wanted = 0
-    if not connection.flags & (PAUSED | EOF_RECEIVED | CLOSING | LOST):
+    if not connection.flags & (PAUSED | EOF_RECEIVED | CLOSING | LOST | HELD):
         wanted |= EPOLLIN
-    if connection.unsent:
+    if connection.unsent and not connection.flags & HELD:
         wanted |= EPOLLOUT
     return watch(core, connection, wanted)
 
@@ -220,7 +237,7 @@ cdef inline int write(Core *core, Connection *connection, const char *data, size
     """
     cdef ssize_t sent
     cdef int error
-    if connection.unsent == 0:
+    if connection.unsent == 0 and not connection.flags & HELD:
         while True:
             sent = send(connection.fd, data, size, MSG_NOSIGNAL | MSG_DONTWAIT)
             if sent == <ssize_t>size:
@@ -288,6 +305,7 @@ cdef inline Connection *open_connection(Core *core, int fd, Kind kind) noexcept 
     connection.kind = kind
     connection.flags = 0
     connection.error = 0
+    connection.moves = 0
     connection.state = NULL
     if kind == NATIVE or kind == PROTOCOL:
         core.open += 1

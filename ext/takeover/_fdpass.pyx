@@ -1,6 +1,7 @@
 # cython: language_level=3
 """Send and receive descriptors over an AF_UNIX stream socket, one system call a batch, without the GIL."""
 
+from cpython cimport array
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
@@ -10,6 +11,7 @@ from libc.stdint cimport uint64_t
 from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
+from array import array as new_array
 from os import strerror
 
 from takeover.errors import DescriptorsLost
@@ -38,6 +40,7 @@ cdef extern from "<sys/socket.h>" nogil:
 
 
 MAX_DESCRIPTORS = <int>MOST
+cdef array.array TEMPLATE = new_array("i")
 
 
 cdef ssize_t send_batch(int sock, const void *data, size_t size, const int *descriptors, int count) noexcept nogil:
@@ -112,6 +115,31 @@ cdef void close_all(const int *descriptors, int count) noexcept nogil:
         close(descriptors[i])
 
 
+cdef array.array descriptor_array(const int *descriptors, int count):
+    cdef array.array found = array.clone(TEMPLATE, count, False)
+    memcpy(found.data.as_ints, descriptors, count * sizeof(int))
+    return found
+
+
+cdef int as_batch(object descriptors, int *batch) except -1:
+    """Copies at most MOST descriptors; how many. Without an object for each where they come in an array."""
+    cdef array.array found
+    cdef int count = 0
+    if not isinstance(descriptors, new_array):
+        descriptors = tuple(descriptors)
+    if len(descriptors) > MOST:
+        raise ValueError(f"{len(descriptors)} descriptors in one sendmsg, at most {MOST}; send them in batches")
+    if isinstance(descriptors, new_array) and descriptors.typecode == "i":
+        found = descriptors
+        count = <int>len(found)
+        memcpy(batch, found.data.as_ints, count * sizeof(int))
+        return count
+    for descriptor in descriptors:
+        batch[count] = PyNumber_Index(descriptor)
+        count += 1
+    return count
+
+
 def send_descriptors(int sock, data, descriptors):
     """Sends bytes with descriptors on the first of them, in one sendmsg(2); returns how many bytes went out.
 
@@ -124,15 +152,10 @@ def send_descriptors(int sock, data, descriptors):
     (ETOOMANYREFS where this user has more descriptors in flight than its RLIMIT_NOFILE, unix(7)).
     """
     cdef int[MOST] batch
-    cdef int count = 0
+    cdef int count
     cdef Py_buffer view
     cdef ssize_t sent
-    descriptors = tuple(descriptors)
-    if len(descriptors) > MOST:
-        raise ValueError(f"{len(descriptors)} descriptors in one sendmsg, at most {MOST}; send them in batches")
-    for descriptor in descriptors:
-        batch[count] = PyNumber_Index(descriptor)
-        count += 1
+    count = as_batch(descriptors, batch)
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:
         if not view.len:
@@ -151,7 +174,7 @@ def send_descriptors(int sock, data, descriptors):
 
 
 def receive_descriptors(int sock, Py_ssize_t size, int max_descriptors):
-    """Receives bytes and the descriptors that ride on them, in one recvmsg(2): `(data, descriptors)`.
+    """Receives bytes and the descriptors that ride on them, in one recvmsg(2): `(data, descriptors)`, an array of C ints.
 
     sock             an AF_UNIX stream socket
     size             the most bytes to take, at least 1
@@ -163,7 +186,7 @@ def receive_descriptors(int sock, Py_ssize_t size, int max_descriptors):
     OSErrors.
     """
     cdef int[MOST] batch
-    cdef int count = 0, i
+    cdef int count = 0
     cdef ssize_t received
     cdef bytes data
     cdef char *buffer
@@ -189,7 +212,7 @@ def receive_descriptors(int sock, Py_ssize_t size, int max_descriptors):
     try:
         if received < size:
             data = PyBytes_FromStringAndSize(buffer, received)
-        return data, [batch[i] for i in range(count)]
+        return data, descriptor_array(batch, count)
     except BaseException:
         close_all(batch, count)
         raise
@@ -201,13 +224,11 @@ def close_descriptors(descriptors):
     Negative numbers stand for none. What close(2) says is of no interest: on Linux the number is free whatever it says.
     """
     cdef int[MOST] batch
-    cdef int count = 0
-    for descriptor in tuple(descriptors):
-        batch[count] = descriptor
-        count += 1
-        if count == MOST:
-            with nogil:
-                close_all(batch, count)
-            count = 0
-    with nogil:
-        close_all(batch, count)
+    cdef int count
+    cdef Py_ssize_t start
+    if not isinstance(descriptors, new_array):
+        descriptors = tuple(descriptors)
+    for start in range(0, len(descriptors), MOST):
+        count = as_batch(descriptors[start:start + MOST], batch)
+        with nogil:
+            close_all(batch, count)

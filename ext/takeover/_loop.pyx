@@ -8,125 +8,34 @@ from libc.stdlib cimport calloc, free, malloc
 from posix.unistd cimport close
 
 from takeover._connections cimport (
-    EPOLL_CLOEXEC, EPOLLIN, EVENTS, LOST, NATIVE, NATIVE_LISTENER, PROTOCOL, PROTOCOL_LISTENER, RECEIVE, SLAB, WAKEUP,
-    Acceptor, Chunk, Connection, Core, doom, epoll_create1, epoll_event, open_connection, find, reap, release, sockaddr,
-    sockaddr_storage, socklen_t, watch,
+    EPOLL_CLOEXEC, EPOLLIN, EPOLLOUT, EVENTS, HELD, LOST, NATIVE, PROTOCOL, PROTOCOL_LISTENER, RECEIVE, SLAB, WATCH,
+    Acceptor, Chunk, Connection, Core, doom, epoll_create1, epoll_event, find, open_connection, place, reap, release,
+    watch,
 )
-from takeover._native cimport BATCH, accept_one, admit, keep_non_blocking, monotonic, wait
-from takeover._transport cimport Transport, open_transport
+from takeover._giving cimport export_batch, put_back_batch, relinquish_batch
+from takeover._listener cimport Listener, make_listener
+from takeover._native cimport monotonic, wait
+from takeover._taking cimport adopt_batch, drop_batch, start_batch
+from takeover._transport cimport Transport
 
 import os
 
-from takeover import _native
-from takeover._schedule import Schedule, Timer, log
-from takeover._sockets import SHORTAGES, Backoff, name_of, prepare_listener
+from takeover import _listener, _native
+from takeover._schedule import Schedule, Timer
+from takeover._sockets import prepare_listener
 
 __all__ = ["ECHO", "Handler", "Listener", "Loop", "Timer"]
 
 ECHO = _native.ECHO
-globals()["Handler"] = _native.Handler  # as a Python name too
+globals()["Handler"] = _native.Handler  # as Python names too
+globals()["Listener"] = _listener.Listener
 
 
-cdef class Listener:
-    """A listening socket in a loop. The socket stays its caller's; the listener closes and shuts down nothing."""
+cdef class Watch:
+    """What to call when a descriptor can be read or written that is not the loop's."""
 
-    cdef Acceptor acceptor
-    cdef Loop loop
-    cdef object backoff
-    cdef readonly object socket
-    cdef object handler
-
-    def __init__(self):
-        raise TypeError("listeners are made by Loop.listen")
-
-    @property
-    def accepting(self):
-        """Whether it is in the poll set, or will be again after a pause for want of descriptors or memory."""
-        return self.acceptor.place != NULL
-
-    @property
-    def accepted(self):
-        """How many connections it has accepted."""
-        return self.acceptor.accepted
-
-    def start(self):
-        """Put the listener into the poll set; what waits in its queue is accepted first."""
-        cdef int error
-        if self.acceptor.place != NULL:
-            return
-        self.loop.check_open()
-        self.acceptor.fd = self.socket.fileno()
-        if self.acceptor.fd < 0:
-            raise OSError(EBADF, f"cannot accept on {self.socket!r}: it was closed")
-        kind = NATIVE_LISTENER if isinstance(self.handler, Handler) else PROTOCOL_LISTENER
-        self.acceptor.place = open_connection(self.loop.core, self.acceptor.fd, kind)
-        if self.acceptor.place == NULL:
-            raise MemoryError
-        self.acceptor.place.state = &self.acceptor
-        error = watch(self.loop.core, self.acceptor.place, EPOLLIN)
-        if error:
-            self.stop()
-            raise OSError(error, f"epoll_ctl on {self.socket!r}: {os.strerror(error)}")
-        self.loop.listeners.add(self)
-
-    def stop(self):
-        """Take the listener out of the poll set; new connections wait in the kernel's queue."""
-        if self.acceptor.place != NULL:
-            release(self.loop.core, self.acceptor.place)
-            self.acceptor.place = NULL
-        self.loop.listeners.discard(self)
-        self.backoff.cancel()
-        self.acceptor.pausing = False
-
-    def _resume(self):
-        if self.acceptor.place != NULL and watch(self.loop.core, self.acceptor.place, EPOLLIN):
-            self.backoff.refused(errno)
-
-    cdef int accept(self) except -1:
-        """Accept a batch for the protocol factory."""
-        cdef Core *core = self.loop.core
-        cdef Connection *connection
-        cdef sockaddr_storage peer
-        cdef socklen_t size
-        cdef int fd, _turn
-        keep_non_blocking(self.acceptor.fd)
-        for _turn in range(BATCH):
-            fd = accept_one(&self.acceptor, &peer, &size)
-            if fd < 0:
-                break
-            try:
-                protocol = self.handler()
-            except (KeyboardInterrupt, SystemExit):
-                close(fd)
-                raise
-            except BaseException:
-                close(fd)
-                log.exception("protocol factory %r raised; the connection that it was for is closed", self.handler)
-                continue
-            connection = admit(core, &self.acceptor, fd, PROTOCOL)
-            if connection == NULL:
-                break
-            open_transport(core, connection, self.loop.schedule, protocol, <sockaddr *>&peer, size)
-            if self.acceptor.place == NULL:
-                break
-        return self.look_after()
-
-    cdef int look_after(self) except -1:
-        """Pause or end for an error of accept; say when a pause is over."""
-        cdef int error = self.acceptor.error
-        self.acceptor.error = 0
-        if self.acceptor.place == NULL:
-            return 0
-        if error in SHORTAGES:
-            self.acceptor.pausing = True
-            watch(self.loop.core, self.acceptor.place, 0)
-            self.backoff.refused(error)
-        elif error:
-            log.error("accept on %s: %s; nothing more is accepted there", name_of(self.socket), os.strerror(error))
-            self.stop()
-        elif not self.acceptor.pausing and self.backoff.began:
-            self.backoff.over()
-        return 0
+    cdef object reader
+    cdef object writer
 
 
 cdef class Loop:
@@ -141,6 +50,8 @@ cdef class Loop:
     cdef list timers          # of the schedule
     cdef set listeners
     cdef set handlers         # connections point into them
+    cdef list homes           # every listener, also one that does not listen any more
+    cdef dict watches
     cdef object empty
     cdef bint running
     cdef bint stopping
@@ -156,20 +67,15 @@ cdef class Loop:
             raise MemoryError
 
     def __init__(self):
-        cdef Connection *connection
         if self.schedule is not None:
             raise RuntimeError("a loop is made once")
-        self.listeners, self.handlers = set(), set()
+        self.listeners, self.handlers, self.homes, self.watches = set(), set(), [], {}
         self.core.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.core.epoll < 0:
             raise OSError(errno, f"epoll_create1: {os.strerror(errno)}")
         self.schedule = Schedule()
         self.ready, self.timers = self.schedule.ready, self.schedule.timers
-        connection = open_connection(self.core, self.schedule.wakeup, WAKEUP)
-        if connection == NULL:
-            raise MemoryError
-        if watch(self.core, connection, EPOLLIN):
-            raise OSError(errno, f"epoll_ctl: {os.strerror(errno)}")
+        self.add_reader(self.schedule.wakeup, self.schedule.woken)
 
     def __dealloc__(self):
         """For a loop that was never closed: its descriptors go, and no transport may use it any more."""
@@ -196,6 +102,7 @@ cdef class Loop:
         free(self.core.slabs)
         free(self.core.buffer)
         free(self.core.events)
+        free(self.core.origins)
         free(self.core)
 
     def time(self):
@@ -269,14 +176,9 @@ cdef class Loop:
         if not isinstance(handler, Handler) and not callable(handler):
             raise TypeError(f"handler must be a Handler or a protocol factory, not {handler!r}")
         prepare_listener(sock)
-        listener = Listener.__new__(Listener)
-        listener.loop = self
-        listener.socket = sock
-        listener.handler = handler
-        listener.backoff = Backoff(self.schedule, sock, listener._resume)
-        listener.acceptor.listener = <void *>listener
+        listener = make_listener(self.core, self, self.schedule, sock, handler, self.listeners)
+        self.homes.append(listener)
         if isinstance(handler, Handler):
-            listener.acceptor.callbacks = &(<Handler>handler).callbacks
             self.handlers.add(handler)
         if accepting:
             listener.start()
@@ -332,6 +234,65 @@ cdef class Loop:
         """Call back when time() has reached `when`."""
         return self.schedule.call_at(when, callback, *args)
 
+    def add_reader(self, fd, callback, *args):
+        """Call back each time that a descriptor, which stays the caller's, can be read; in place of a former callback."""
+        self.watch_for(fd, Timer(0.0, callback, args), self.watched(fd)[1])
+
+    def remove_reader(self, fd):
+        """Undo add_reader(), before the descriptor is closed. Returns whether there was a callback."""
+        reader, writer = self.watched(fd)
+        self.watch_for(fd, None, writer)
+        return reader is not None
+
+    def add_writer(self, fd, callback, *args):
+        """Call back each time that a descriptor, which stays the caller's, can be written; in place of a former callback."""
+        self.watch_for(fd, self.watched(fd)[0], Timer(0.0, callback, args))
+
+    def remove_writer(self, fd):
+        """Undo add_writer(), before the descriptor is closed. Returns whether there was a callback."""
+        reader, writer = self.watched(fd)
+        self.watch_for(fd, reader, None)
+        return writer is not None
+
+    def export_connections(self, start, most, size, reasons):
+        """Hold connections that can move: `(records, descriptors, where to go on)`, the last -1 when all were seen.
+
+        At most `most` from place `start` on, until the records have `size` bytes. `reasons` counts by words (records.py)
+        who does not move. The descriptors stay the loop's.
+        """
+        self.check_open()
+        return export_batch(self.core, start, most, size, reasons)
+
+    def relinquish_connections(self, descriptors, skip):
+        """Close held connections that another process has adopted; the indices in `skip` are served on here for good.
+
+        Returns the indices that stay after all, and by index what handlers have written meanwhile.
+        """
+        return relinquish_batch(self.core, descriptors, skip)
+
+    def put_back_connections(self, descriptors, stay):
+        """Serve held connections on, as if nothing had happened; with `stay` they are not exported again."""
+        put_back_batch(self.core, descriptors, stay)
+
+    def adopt_connections(self, records, descriptors, generation):
+        """Take in connections that a process of that generation has exported, without reading or writing yet.
+
+        The descriptors are the loop's from here on. Returns those that it closed again: a list of [index, reason]. Raises
+        RemoteProtocolError for garbled records, after closing all.
+        """
+        cdef const unsigned char[::1] view = records
+        self.check_open()
+        return adopt_batch(self.core, self.schedule, <const char *>&view[0] if len(view) else NULL, len(view), descriptors,
+                           generation)
+
+    def start_connections(self, descriptors, skip, tails):
+        """Serve what was adopted, but for the indices in `skip`; `tails` are bytes by index to send behind all else."""
+        start_batch(self.core, descriptors, skip, tails)
+
+    def drop_connections(self, descriptors, skip):
+        """Close our copies of what was adopted and not started, but for the indices in `skip`."""
+        drop_batch(self.core, descriptors, skip)
+
     def add_signal_handler(self, signum, callback, *args):
         """Call back in the loop when a signal has come. Main thread only; close() puts back what was there."""
         self.schedule.add_signal_handler(signum, callback, args)
@@ -346,15 +307,56 @@ cdef class Loop:
         cdef int index
         for index in range(left):
             connection = find(self.core, self.core.events[index].data.u64)
-            if connection == NULL or connection.flags & LOST:
+            if connection == NULL or connection.flags & (LOST | HELD):
                 continue
             if connection.kind == PROTOCOL:
                 (<Transport>connection.state).ready(self.core.events[index].events)
             elif connection.kind == PROTOCOL_LISTENER:
                 (<Listener>(<Acceptor *>connection.state).listener).accept()
             else:
-                self.schedule.woken()
+                self.notify(connection, self.core.events[index].events)
         return 0
+
+    cdef int notify(self, Connection *connection, unsigned int events) except -1:
+        """A watched descriptor; its reader may have put an end to the watch before the writer's turn."""
+        cdef Watch watcher = <Watch>connection.state
+        reader, writer = watcher.reader, watcher.writer
+        if reader is not None and events & <unsigned int>~EPOLLOUT:
+            reader.run()
+        if writer is not None and watcher.writer is writer and events & <unsigned int>~EPOLLIN:
+            writer.run()
+        return 0
+
+    cdef int watch_for(self, object fileobj, object reader, object writer) except -1:
+        """Has the Timers run when the descriptor can be read or written; None for neither ends it."""
+        cdef int fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        cdef Watch watcher = self.watches.get(fd)
+        cdef Connection *connection
+        cdef int wanted = (EPOLLIN if reader is not None else 0) | (EPOLLOUT if writer is not None else 0)
+        cdef int error
+        if watcher is None and not wanted:
+            return 0
+        if watcher is None:
+            self.check_open()
+            watcher = self.watches[fd] = Watch()
+            connection = open_connection(self.core, fd, WATCH)
+            if connection == NULL:
+                raise MemoryError
+            connection.state = <void *>watcher
+        else:
+            connection = place(self.core, fd)
+        watcher.reader, watcher.writer = reader, writer
+        error = watch(self.core, connection, <unsigned char>wanted)
+        if error or not wanted:
+            release(self.core, connection)
+            del self.watches[fd]
+        if error:
+            raise OSError(error, f"epoll_ctl on descriptor {fd}: {os.strerror(error)}")
+        return 0
+
+    cdef tuple watched(self, object fileobj):
+        cdef Watch watcher = self.watches.get(fileobj if isinstance(fileobj, int) else fileobj.fileno())
+        return (None, None) if watcher is None else (watcher.reader, watcher.writer)
 
     cdef int attend(self) except -1:
         self.core.attention = False

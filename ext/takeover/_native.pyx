@@ -9,8 +9,8 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close
 
 from takeover._connections cimport (
-    CLOSING, EOF_QUEUED, EOF_RECEIVED, EPOLLERR, EPOLLHUP, EPOLLOUT, EVENTS, FULL, LOST, MSG_DONTWAIT, NATIVE,
-    NATIVE_LISTENER, PAUSED, RECEIVE, SHUT_WR, arm, doom, epoll_wait, find, flush, open_connection, reap, recv, release,
+    CLOSING, EOF_QUEUED, EOF_RECEIVED, EPOLLERR, EPOLLHUP, EPOLLOUT, EVENTS, FULL, HELD, LOST, MSG_DONTWAIT,
+    NATIVE, NATIVE_LISTENER, PAUSED, RECEIVE, SHUT_WR, arm, doom, epoll_wait, find, flush, open_connection, reap, recv, release,
     shutdown, write,
 )
 
@@ -134,6 +134,21 @@ cdef inline void serve(Core *core, Connection *connection, uint32_t events) noex
         doom(core, connection, errno)
 
 
+cdef void resume_native(Core *core, Connection *connection) noexcept nogil:
+    """Read and write again, after the connection was held."""
+    cdef int error
+    connection.flags &= <uint8_t>~HELD
+    if connection.unsent == 0:
+        if connection.flags & CLOSING:
+            doom(core, connection, 0)
+            return
+        if connection.flags & EOF_QUEUED:
+            shutdown(connection.fd, SHUT_WR)
+    error = arm(core, connection)
+    if error:
+        doom(core, connection, error)
+
+
 cdef int accept_one(Acceptor *acceptor, sockaddr_storage *peer, socklen_t *size) noexcept nogil:
     """A descriptor, -1 if none waits, -2 with acceptor.error set if the listener has to pause or to end.
 
@@ -167,6 +182,7 @@ cdef Connection *admit(Core *core, Acceptor *acceptor, int fd, Kind kind) noexce
         close(fd)
         return NULL
     connection.handler = acceptor.callbacks
+    connection.origin = acceptor.origin
     acceptor.accepted += 1
     if acceptor.pausing:
         acceptor.pausing = False
@@ -211,7 +227,7 @@ cdef int poll(Core *core, int timeout) noexcept nogil:
         return -1
     for index in range(count):
         connection = find(core, core.events[index].data.u64)
-        if connection == NULL or connection.flags & LOST:
+        if connection == NULL or connection.flags & (LOST | HELD):
             continue
         if connection.kind == NATIVE:
             serve(core, connection, core.events[index].events)

@@ -3,10 +3,8 @@
 
 from libc.stdint cimport uint16_t, uint32_t
 
+from takeover._addresses cimport ADDRESS
 from takeover._connections cimport Connection, Core, sockaddr, socklen_t
-
-cdef enum:
-    ADDRESS = 28  # sizeof(struct sockaddr_in6), ipv6(7)
 
 cdef class Transport:
     cdef Core *core
@@ -15,6 +13,8 @@ cdef class Transport:
     cdef object protocol
     cdef object peer_path        # names of AF_UNIX sockets
     cdef object local_path
+    cdef object moved            # a Moved, if it has
+    cdef size_t exported         # bytes of the backlog that are in the record of a connection on its way
     cdef size_t high
     cdef size_t low
     cdef uint32_t expected       # bytes that the next read may bring
@@ -32,9 +32,13 @@ cdef class Transport:
     cdef int send_backlog(self) except -1
     cdef int fill(self) except -1
     cdef int lose(self, object error) except -1
+    cdef int begin(self) except -1
+    cdef int resume(self) except -1
     cdef int failed(self, str callback, object error) except -1
     cdef int learn_local_name(self) except -1
     cdef int let_go(self) except -1
 
-cdef Transport open_transport(Core *core, Connection *connection, object schedule, object protocol,
+cdef Transport make_transport(Core *core, Connection *connection, object schedule, object protocol,
                               const sockaddr *peer, socklen_t size)
+cdef int forget_connection(Core *core, Connection *connection) except -1
+cdef int resume_connection(Core *core, Connection *connection) except -1

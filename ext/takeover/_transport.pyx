@@ -11,10 +11,13 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy
 from posix.unistd cimport close
 
+from takeover._addresses cimport ADDRESS, inet_address, unix_address
 from takeover._connections cimport (
-    CLOSING, EOF_QUEUED, EOF_RECEIVED, EPOLLERR, EPOLLHUP, EPOLLOUT, FULL, LOST, MSG_DONTWAIT, PAUSED, RECEIVE,
-    SHUT_WR, arm, drop_backlog, flush, recv, release, shutdown, sockaddr_storage, write,
+    CLOSING, EOF_QUEUED, EOF_RECEIVED, EPOLLERR, EPOLLHUP, EPOLLOUT, FULL, HELD, LOST, MSG_DONTWAIT, NATIVE,
+    PAUSED, RECEIVE, SHUT_WR, STAYS, arm, drop_backlog, flush, recv, release, shutdown,
+    sockaddr_storage, write,
 )
+from takeover._native cimport resume_native
 
 import os
 import socket
@@ -23,24 +26,8 @@ from takeover._schedule import log
 from takeover._sockets import TransportSocket
 
 cdef extern from "<sys/socket.h>" nogil:
-    enum: AF_INET, AF_INET6, AF_UNIX
+    enum: AF_UNIX
     int getsockname(int fd, sockaddr *name, socklen_t *size)
-
-cdef extern from "<netinet/in.h>" nogil:
-    struct in_addr:
-        pass
-    struct sockaddr_in:
-        uint16_t sin_port
-        in_addr sin_addr
-    struct in6_addr:
-        pass
-    struct sockaddr_in6:
-        uint16_t sin6_port
-        uint32_t sin6_flowinfo
-        in6_addr sin6_addr
-        uint32_t sin6_scope_id
-    uint16_t ntohs(uint16_t value)
-    uint32_t ntohl(uint32_t value)
 
 cdef extern from "Python.h":
     PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *data, Py_ssize_t size) except NULL
@@ -51,26 +38,7 @@ cdef enum:
     COPIED = 2048  # up to this many bytes, receiving into the loop's buffer and copying is the cheaper way
 
 
-cdef object inet_address(const char *name, int family):
-    """What socket.getpeername() gives, from a sockaddr of ADDRESS bytes."""
-    cdef const sockaddr_in *four = <const sockaddr_in *>name
-    cdef const sockaddr_in6 *six = <const sockaddr_in6 *>name
-    if family == AF_INET:
-        return socket.inet_ntop(AF_INET, (<const char *>&four.sin_addr)[:4]), ntohs(four.sin_port)
-    host = socket.inet_ntop(AF_INET6, (<const char *>&six.sin6_addr)[:16])
-    return host, ntohs(six.sin6_port), ntohl(six.sin6_flowinfo), six.sin6_scope_id
-
-
-cdef object unix_address(const char *name, socklen_t size):
-    """The same for AF_UNIX, unix(7): str for a path, bytes for an abstract name, '' for none."""
-    if size <= 2:
-        return ""
-    if name[2] == 0:
-        return name[2:size]
-    return os.fsdecode(<bytes>(name + 2))
-
-
-cdef Transport open_transport(Core *core, Connection *connection, object schedule, object protocol,
+cdef Transport make_transport(Core *core, Connection *connection, object schedule, object protocol,
                               const sockaddr *peer, socklen_t size):
     """Connect a protocol to a connection, which from here on owns the transport, which owns the descriptor."""
     cdef Transport transport = Transport.__new__(Transport)
@@ -87,10 +55,6 @@ cdef Transport open_transport(Core *core, Connection *connection, object schedul
         memcpy(transport.peer, peer, ADDRESS)
     connection.state = <void *>transport
     Py_INCREF(transport)
-    try:
-        protocol.connection_made(transport)
-    except BaseException as error:
-        transport.failed("connection_made", error)
     return transport
 
 
@@ -130,7 +94,9 @@ cdef class Transport:
             return
         self.eof_written = True
         self.connection.flags |= EOF_QUEUED
-        if self.connection.unsent == 0:
+        if self.connection.flags & HELD:
+            self.connection.flags |= STAYS
+        elif self.connection.unsent == 0:
             shutdown(self.connection.fd, SHUT_WR)
 
     def can_write_eof(self):
@@ -142,7 +108,9 @@ cdef class Transport:
         if self.closing():
             return
         self.connection.flags |= CLOSING
-        if self.connection.unsent:
+        if self.connection.flags & HELD:
+            self.connection.flags |= STAYS
+        elif self.connection.unsent:
             arm(self.core, self.connection)
         else:
             self.lose(None)
@@ -176,7 +144,10 @@ cdef class Transport:
         return not self.closing() and not self.connection.flags & PAUSED
 
     def get_extra_info(self, name, default=None):
-        """The "peername" and "sockname" (also after the connection is lost), "socket" (a TransportSocket)."""
+        """The "peername" and "sockname" (also after the connection is lost), "socket" (a TransportSocket).
+
+        And "takeover" for a connection that has moved: a Moved, with the generation it came from, and how often.
+        """
         if name == "peername":
             return self.peer_path if self.family == AF_UNIX else inet_address(self.peer, self.family)
         if name == "sockname":
@@ -186,6 +157,8 @@ cdef class Transport:
             return self.local_path if self.family == AF_UNIX else inet_address(self.local, self.family)
         if name == "socket":
             return TransportSocket(self._fileno, self.family)
+        if name == "takeover" and self.moved is not None:
+            return self.moved
         return default
 
     def set_write_buffer_limits(self, high=None, low=None):
@@ -335,13 +308,40 @@ cdef class Transport:
         return 0
 
     cdef int lose(self, object error) except -1:
-        """The connection is over: nothing is read or sent any more, and connection_lost(error) is on its way."""
-        if not self.connection.flags & LOST:
+        """The connection is over: nothing is read or sent any more, and connection_lost(error) is on its way.
+
+        One that is on its way between two processes stays here instead, and is over as soon as it is here again.
+        """
+        if self.connection.flags & HELD:
+            self.connection.flags |= CLOSING | STAYS
+            drop_backlog(self.core, self.connection)
+        elif not self.connection.flags & LOST:
             self.connection.flags |= LOST
             drop_backlog(self.core, self.connection)
             arm(self.core, self.connection)
             self.schedule.call_soon(self._connection_lost, error)
         return 0
+
+    cdef int begin(self) except -1:
+        """The protocol's first callback."""
+        try:
+            self.protocol.connection_made(self)
+        except BaseException as error:
+            self.failed("connection_made", error)
+        return 0
+
+    cdef int resume(self) except -1:
+        """Read and write again, after the connection was held."""
+        cdef Connection *connection = self.connection
+        cdef int error
+        connection.flags &= <uint8_t>~HELD
+        if connection.unsent == 0:
+            if connection.flags & CLOSING:
+                return self.lose(None)
+            if connection.flags & EOF_QUEUED:
+                shutdown(connection.fd, SHUT_WR)
+        error = arm(self.core, connection)
+        return self.lose(OSError(error, os.strerror(error))) if error else 0
 
     cdef int failed(self, str callback, object error) except -1:
         """A callback raised: say so and give the connection up; but what is to end the program goes on its way."""
@@ -372,3 +372,26 @@ cdef class Transport:
         close(fd)
         Py_DECREF(self)
         return 0
+
+
+cdef int forget_connection(Core *core, Connection *connection) except -1:
+    """Out of the table, without a word to the handler; the descriptor is the caller's to close."""
+    cdef Transport transport
+    if connection.kind == NATIVE:
+        release(core, connection)
+        return 0
+    transport = <Transport>connection.state
+    transport.connection = NULL
+    transport.protocol = None
+    release(core, connection)
+    Py_DECREF(transport)
+    return 0
+
+
+cdef int resume_connection(Core *core, Connection *connection) except -1:
+    """Read and write again, after the connection was held."""
+    if connection.kind == NATIVE:
+        resume_native(core, connection)
+    else:
+        (<Transport>connection.state).resume()
+    return 0

@@ -33,8 +33,8 @@ def send_descriptors(sock: int, data: Buffer, descriptors: Sequence[int]) -> int
             return borrowed.sendmsg((view,), control, socket.MSG_NOSIGNAL)
 
 
-def receive_descriptors(sock: int, size: int, max_descriptors: int) -> tuple[bytes, list[int]]:
-    """Receives bytes and the descriptors that ride on them, in one recvmsg(2); the descriptors are the caller's."""
+def receive_descriptors(sock: int, size: int, max_descriptors: int) -> tuple[bytes, array[int]]:
+    """Receives bytes and the descriptors that ride on them, in one recvmsg(2); the array of those is the caller's."""
     if size < 1 or not 0 <= max_descriptors <= MAX_DESCRIPTORS:
         raise ValueError(
             f"recvmsg of {size} bytes and {max_descriptors} descriptors; "
@@ -54,7 +54,7 @@ def receive_descriptors(sock: int, size: int, max_descriptors: int) -> tuple[byt
                 f"recvmsg: more descriptors came than the {max_descriptors} expected or than RLIMIT_NOFILE leaves room "
                 "for (MSG_CTRUNC), all were closed; raise ulimit -n if the peer is to be trusted"
             )
-        return data, descriptors.tolist()
+        return data, descriptors
     except BaseException:
         for descriptor in descriptors:
             os.close(descriptor)

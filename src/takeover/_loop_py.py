@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import selectors
 import socket
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from . import _moving_py as moving
+from ._listener_py import Listener
 from ._schedule import Schedule, Timer
-from ._sockets import PASSING_ERRORS, SHORTAGES, Backoff, name_of, prepare_listener
+from ._sockets import prepare_listener
 from ._transport_py import Transport
 
 if TYPE_CHECKING:
     import asyncio
 
+    from typing_extensions import Buffer
+
 __all__ = ["ECHO", "Handler", "Listener", "Loop", "Timer"]
 
 log = logging.getLogger("takeover")
 
-BATCH = 128  # connections that are accepted before others get their turn
-EVENT_READ = selectors.EVENT_READ
+EVENT_READ, EVENT_WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Echo:
@@ -64,94 +67,26 @@ class Handler:
 ECHO: Final = Handler()
 
 
-class Listener:
-    """A listening socket in a loop. The socket stays its caller's; the listener closes and shuts down nothing."""
+class Watch:
+    """What to call when a descriptor can be read or written that is not the loop's."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, factory: Callable[[], asyncio.Protocol]) -> None:
-        self.socket = sock
-        self.accepted = 0
-        self._loop = loop
-        self._factory = factory
-        self._place = -1  # the descriptor, -1 when stopped
-        self._watched = 0
-        self._pausing = False
-        self._backoff = Backoff(loop.schedule, sock, self._resume)
+    __slots__ = ("reader", "writer")
+
+    def __init__(self) -> None:
+        self.reader: Timer | None = None
+        self.writer: Timer | None = None
 
     @property
-    def accepting(self) -> bool:
-        """Whether it is in the poll set, or will be again after a pause for want of descriptors or memory."""
-        return self._place >= 0
+    def wanted(self) -> int:
+        return (EVENT_READ if self.reader else 0) | (EVENT_WRITE if self.writer else 0)
 
-    def start(self) -> None:
-        """Put the listener into the poll set; what waits in its queue is accepted first."""
-        if self._place >= 0:
-            return
-        self._loop.check_open()
-        if self.socket.fileno() < 0:
-            raise OSError(errno.EBADF, f"cannot accept on {self.socket!r}: it was closed")
-        self._loop.take_place(self.socket.fileno())
-        self._place = self.socket.fileno()
-        self._watch(EVENT_READ)
-        self._loop.listeners[self._place] = self
-
-    def stop(self) -> None:
-        """Take the listener out of the poll set; new connections wait in the kernel's queue."""
-        if self._place >= 0:
-            self._watch(0)
-            del self._loop.listeners[self._place]
-            self._place = -1
-        self._backoff.cancel()
-        self._pausing = False
-
-    def ready(self, _events: int) -> None:
-        """Accept a batch."""
-        if self._place < 0:
-            return
-        os.set_blocking(self._place, False)  # O_NONBLOCK belongs to the open file, which other processes may hold
-        for _ in range(BATCH):
-            try:
-                sock, peer = self.socket.accept()
-            except BlockingIOError:
-                break
-            except OSError as error:
-                if error.errno in PASSING_ERRORS:
-                    continue
-                self._troubled(error)
-                break
-            sock.setblocking(False)
-            try:
-                protocol = self._factory()
-            except (KeyboardInterrupt, SystemExit):
-                sock.close()
-                raise
-            except BaseException:
-                log.exception("protocol factory %r raised; the connection that it was for is closed", self._factory)
-                sock.close()
-                continue
-            self.accepted += 1
-            self._pausing = False
-            self._loop.admit(Transport(self._loop, sock, peer, protocol))
-            if self._place < 0:
-                break
-        if self._backoff.began and not self._pausing:
-            self._backoff.over()
-
-    def _troubled(self, error: OSError) -> None:
-        if error.errno in SHORTAGES:
-            self._pausing = True
-            self._watch(0)
-            self._backoff.refused(error.errno)
-        else:
-            log.error("accept on %s: %s; nothing more is accepted there", name_of(self.socket), error.strerror)
-            self.stop()
-
-    def _resume(self) -> None:
-        if self._place >= 0:
-            self._watch(EVENT_READ)
-
-    def _watch(self, wanted: int) -> None:
-        self._loop.watch(self._place, self._watched, wanted, self)
-        self._watched = wanted
+    def ready(self, events: int) -> None:
+        """The reader may put an end to the watch before the writer's turn."""
+        reader, writer = self.reader, self.writer
+        if reader is not None and events & EVENT_READ:
+            reader.run()
+        if writer is not None and self.writer is writer and events & EVENT_WRITE:
+            writer.run()
 
 
 class Loop:
@@ -164,10 +99,12 @@ class Loop:
         self.schedule = Schedule()
         self.listeners: dict[int, Listener] = {}
         self.transports: dict[int, Transport] = {}
+        self.homes: dict[int, Listener] = {}
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self.schedule.wakeup, EVENT_READ, self)
+        self._watches: dict[int, Watch] = {}
         self._empty: Callable[[], object] | None = None
         self._running = self._stopping = self._closed = False
+        self.add_reader(self.schedule.wakeup, self.schedule.woken)
 
     def time(self) -> float:
         """CLOCK_MONOTONIC, in seconds; what call_at counts in."""
@@ -236,7 +173,8 @@ class Loop:
         if not isinstance(handler, Handler) and not callable(handler):
             raise TypeError(f"handler must be a Handler or a protocol factory, not {handler!r}")
         prepare_listener(sock)
-        listener = Listener(self, sock, handler.factory if isinstance(handler, Handler) else handler)
+        listener = Listener(self, sock, handler)
+        self.homes[listener.inode] = listener
         if accepting:
             listener.start()
         return listener
@@ -274,6 +212,88 @@ class Loop:
         """Call back when time() has reached `when`."""
         return self.schedule.call_at(when, callback, *args)
 
+    def add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> None:
+        """Call back each time that a descriptor, which stays the caller's, can be read; in place of a former callback."""
+        self._watch_for(fd, Timer(0.0, callback, args), self._watched(fd).writer)
+
+    def remove_reader(self, fd: Any) -> bool:
+        """Undo add_reader(), before the descriptor is closed. Returns whether there was a callback."""
+        watched = self._watched(fd)
+        had = watched.reader is not None
+        self._watch_for(fd, None, watched.writer)
+        return had
+
+    def add_writer(self, fd: Any, callback: Callable[..., object], *args: Any) -> None:
+        """Call back each time that a descriptor, which stays the caller's, can be written; in place of a former callback."""
+        self._watch_for(fd, self._watched(fd).reader, Timer(0.0, callback, args))
+
+    def remove_writer(self, fd: Any) -> bool:
+        """Undo add_writer(), before the descriptor is closed. Returns whether there was a callback."""
+        watched = self._watched(fd)
+        had = watched.writer is not None
+        self._watch_for(fd, watched.reader, None)
+        return had
+
+    def _watched(self, fileobj: Any) -> Watch:
+        return self._watches.get(fileobj if isinstance(fileobj, int) else fileobj.fileno(), Watch())
+
+    def _watch_for(self, fileobj: Any, reader: Timer | None, writer: Timer | None) -> None:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        watcher = self._watches.get(fd)
+        if watcher is None:
+            if reader is None and writer is None:
+                return
+            self.check_open()
+            watcher = Watch()
+        before = watcher.wanted
+        watcher.reader, watcher.writer = reader, writer
+        self.watch(fd, before, watcher.wanted, watcher)
+        if watcher.wanted:
+            self._watches[fd] = watcher
+        else:
+            del self._watches[fd]
+
+    def export_connections(
+        self, start: int, most: int, size: int, reasons: dict[str, int]
+    ) -> tuple[bytes, array[int], int]:
+        """Hold connections that can move: `(records, descriptors, where to go on)`, the last -1 when all were seen.
+
+        At most `most` from place `start` on, until the records have `size` bytes. `reasons` counts by words (records.py)
+        who does not move. The descriptors stay the loop's.
+        """
+        self.check_open()
+        return moving.export_batch(self, start, most, size, reasons)
+
+    def relinquish_connections(
+        self, descriptors: array[int], skip: Collection[int]
+    ) -> tuple[list[int], dict[int, bytes]]:
+        """Close held connections that another process has adopted; the indices in `skip` are served on here for good.
+
+        Returns the indices that stay after all, and by index what handlers have written meanwhile.
+        """
+        return moving.relinquish_batch(self, descriptors, skip)
+
+    def put_back_connections(self, descriptors: array[int], stay: bool) -> None:
+        """Serve held connections on, as if nothing had happened; with `stay` they are not exported again."""
+        moving.put_back_batch(self, descriptors, stay)
+
+    def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
+        """Take in connections that a process of that generation has exported, without reading or writing yet.
+
+        The descriptors are the loop's from here on. Returns those that it closed again: a list of [index, reason]. Raises
+        RemoteProtocolError for garbled records, after closing all.
+        """
+        self.check_open()
+        return moving.adopt_batch(self, records, descriptors, generation)
+
+    def start_connections(self, descriptors: array[int], skip: Collection[int], tails: Mapping[int, bytes]) -> None:
+        """Serve what was adopted, but for the indices in `skip`; `tails` are bytes by index to send behind all else."""
+        moving.start_batch(self, descriptors, skip, tails)
+
+    def drop_connections(self, descriptors: array[int], skip: Collection[int]) -> None:
+        """Close our copies of what was adopted and not started, but for the indices in `skip`."""
+        moving.drop_batch(self, descriptors, skip)
+
     def add_signal_handler(self, signum: int, callback: Callable[..., object], *args: Any) -> None:
         """Call back in the loop when a signal has come. Main thread only; close() puts back what was there."""
         self.schedule.add_signal_handler(signum, callback, args)
@@ -281,10 +301,6 @@ class Loop:
     def remove_signal_handler(self, signum: int) -> bool:
         """Put back what handled the signal before. Returns whether there was a handler."""
         return self.schedule.remove_signal_handler(signum)
-
-    def ready(self, _events: int) -> None:
-        """The wakeup pipe is readable."""
-        self.schedule.woken()
 
     def check_open(self) -> None:
         if self._closed:
@@ -308,11 +324,10 @@ class Loop:
             former.stop()
 
     def admit(self, transport: Transport) -> None:
-        """Serve a connection."""
+        """A connection is new in the loop."""
         fd = transport.fileno()
         self.take_place(fd)
         self.transports[fd] = transport
-        transport.begin()
 
     def forget(self, transport: Transport) -> None:
         """A connection is over; its descriptor is about to be closed."""

@@ -10,11 +10,13 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from ._sockets import TransportSocket
+from .records import CLOSING, EOF_RECEIVED, EOF_WRITTEN, FULL, PAUSED
 
 if TYPE_CHECKING:
     import asyncio
 
     from ._loop_py import Loop
+    from .records import Moved, Record
 
 log = logging.getLogger("takeover")
 
@@ -34,6 +36,7 @@ class Transport:
         "_eof_received",
         "_eof_written",
         "_full",
+        "_held",
         "_high",
         "_local",
         "_loop",
@@ -45,9 +48,18 @@ class Transport:
         "_sock",
         "_unsent",
         "_watched",
+        "exported",
+        "moved",
+        "origin",
+        "stays",
     )
 
-    def __init__(self, loop: Loop, sock: socket.socket, peer: Any, protocol: asyncio.Protocol) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, peer: Any, protocol: asyncio.Protocol, origin: int) -> None:
+        self.origin = origin  # the inode of the listener that it came from
+        self.moved: Moved | None = None
+        self.exported = 0  # bytes of the backlog that are in the record of a connection on its way
+        self.stays = False
+        self._held = False
         self._loop = loop
         self._sock = sock
         self._peer = peer
@@ -70,7 +82,7 @@ class Transport:
         if not data or self._closing or self._lost:
             return
         sent = 0
-        if not self._unsent:
+        if not self._unsent and not self._held:
             try:
                 sent = self._sock.send(data, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -94,7 +106,9 @@ class Transport:
         if self.is_closing() or self._eof_written:
             return
         self._eof_written = True
-        if not self._unsent:
+        if self._held:
+            self.stays = True
+        elif not self._unsent:
             self._shut_down()
 
     def can_write_eof(self) -> bool:
@@ -106,7 +120,9 @@ class Transport:
         if self.is_closing():
             return
         self._closing = True
-        if self._unsent:
+        if self._held:
+            self.stays = True
+        elif self._unsent:
             self._arm()
         else:
             self._lose(None)
@@ -136,7 +152,10 @@ class Transport:
         return not self.is_closing() and not self._paused
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """The "peername" and "sockname" (also after the connection is lost), "socket" (a TransportSocket)."""
+        """The "peername" and "sockname" (also after the connection is lost), "socket" (a TransportSocket).
+
+        And "takeover" for a connection that has moved: a Moved, with the generation it came from, and how often.
+        """
         if name == "peername":
             return self._peer
         if name == "sockname":
@@ -144,6 +163,8 @@ class Transport:
             return default if self._local is None else self._local
         if name == "socket":
             return TransportSocket(self._sock.fileno, self._sock.family)
+        if name == "takeover" and self.moved is not None:
+            return self.moved
         return default
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
@@ -186,8 +207,84 @@ class Transport:
         self._arm()
         self._tell("connection_made", self)
 
+    def hold(self) -> None:
+        """Neither read nor write: the connection is on its way between two processes, and may come back."""
+        self._held = True
+        self.exported = self._unsent
+        self._arm()
+
+    def resume(self) -> None:
+        """Read and write again, after the connection was held."""
+        self._held = False
+        if not self._unsent:
+            if self._closing:
+                self._lose(None)
+                return
+            if self._eof_written:
+                self._shut_down()
+        self._arm()
+
+    def start(self) -> None:
+        """The first callbacks of a connection that has moved here; who was told to pause writing is told again."""
+        was_full, self._full = self._full, False
+        self.resume()
+        self._tell("connection_made", self)
+        if was_full and not (self._lost or self._full):
+            self._full = True
+            self._tell("pause_writing")
+        elif not self._lost:
+            self._fill()
+
+    def part(self) -> int:
+        """Out of the loop, without a word to the protocol: the connection lives on elsewhere. The caller's to close."""
+        self._learn_local_name()
+        self._loop.forget(self)
+        self._protocol = None
+        self._lost = True
+        self._backlog.clear()
+        self._unsent = 0
+        return self._sock.detach()
+
+    def flags(self) -> int:
+        """The state of the connection as its record tells it."""
+        return (
+            EOF_RECEIVED * self._eof_received
+            | EOF_WRITTEN * self._eof_written
+            | PAUSED * self._paused
+            | FULL * self._full
+            | CLOSING * self._closing
+        )
+
+    def take_on(self, record: Record) -> None:
+        """Become what the record tells, held."""
+        self._held = True
+        self._eof_received = bool(record.flags & EOF_RECEIVED)
+        self._eof_written = bool(record.flags & EOF_WRITTEN)
+        self._paused = bool(record.flags & PAUSED)
+        self._full = bool(record.flags & FULL)
+        self._closing = bool(record.flags & CLOSING)
+        self._high, self._low = record.high, record.low
+        self.append(bytes(record.unsent))
+
+    def append(self, data: bytes) -> None:
+        """Queue bytes behind the backlog of a held connection."""
+        if data:
+            self._backlog.append(memoryview(data))
+            self._unsent += len(data)
+
+    def backlog(self, start: int = 0) -> bytes:
+        """What is unsent, from a byte on."""
+        return b"".join(self._backlog)[start:]
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether it is neither over nor on its way."""
+        return not (self._held or self._lost)
+
     def ready(self, events: int) -> None:
         """Serve what the selector reports."""
+        if self._held:
+            return
         if self._unsent and events & selectors.EVENT_WRITE:
             self._send_backlog()
         if events & selectors.EVENT_READ and not (self._paused or self._eof_received or self._closing or self._lost):
@@ -253,9 +350,9 @@ class Transport:
 
     def _arm(self) -> None:
         wanted = 0
-        if not (self._paused or self._eof_received or self._closing or self._lost):
+        if not (self._paused or self._eof_received or self._closing or self._lost or self._held):
             wanted |= selectors.EVENT_READ
-        if self._unsent:
+        if self._unsent and not self._held:
             wanted |= selectors.EVENT_WRITE
         self._loop.watch(self._sock, self._watched, wanted, self)
         self._watched = wanted
@@ -265,8 +362,15 @@ class Transport:
             self._sock.shutdown(socket.SHUT_WR)
 
     def _lose(self, error: BaseException | None) -> None:
-        """The connection is over: nothing is read or sent any more, and connection_lost(error) is on its way."""
-        if not self._lost:
+        """The connection is over: nothing is read or sent any more, and connection_lost(error) is on its way.
+
+        One that is on its way between two processes stays here instead, and is over as soon as it is here again.
+        """
+        if self._held:
+            self._closing = self.stays = True
+            self._backlog.clear()
+            self._unsent = 0
+        elif not self._lost:
             self._lost = True
             self._backlog.clear()
             self._unsent = 0

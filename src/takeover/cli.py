@@ -158,9 +158,8 @@ def echo(listen: tuple[str, ...], no_live: bool, verbose: bool, **options: Any) 
     Alone it is the original: port 9999 on loopback, control socket ./takeover.sock. Start it again in the same folder,
     and the second takes over from the first.
     """
-    del no_live
     log_to_standard_error(logging.DEBUG if verbose else logging.INFO)
-    run_echo(listen=listen, **options)
+    run_echo(listen=listen, live=not no_live, **options)
 
 
 @main.command()

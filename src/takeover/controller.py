@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ._backend import backend
 from ._version import VERSION
+from .channel import Channel
 from .control import ControlPath, Identity, remove_own
 from .control_thread import ControlThread
 from .exchange import Exchange, logger
@@ -27,7 +28,12 @@ MOST_CONNECTIONS = 256
 
 
 class Server:
-    """What a takeover asks of the server around it. Each method is called in the control thread and must not block."""
+    """What a takeover asks of the server around it. Each method is called in the control thread and must not block.
+
+    `live` says whether it can take live connections from an older process.
+    """
+
+    live = False
 
     def start_accepting(self) -> None:
         """Accept again: a takeover that had been committed was undone."""
@@ -44,9 +50,21 @@ class Server:
     def stop(self) -> None:
         """Somebody asked for the end of the service."""
 
+    def take_connections(self, channel: Channel, limits: Limits) -> None:
+        """An older process moves its live connections here along a channel, which is the server's from now on."""
+        channel.close()
+
+    def give_connections(self, channel: Channel, limits: Limits) -> None:
+        """The successor asks for the live connections, along a channel that is the server's from now on."""
+        channel.close()
+
     def connections(self) -> int:
         """How many connections are open."""
         return 0
+
+    def moves(self) -> dict[str, Any]:
+        """What has moved, for status; empty where nothing ever does."""
+        return {}
 
     def after_fork(self) -> None:
         """In a forked child, where this server does not run: close what only the server needs."""
@@ -139,10 +157,11 @@ class Controller(ControlThread):
         self.over.set()
         self.server.undone(successor.reason)
 
-    def watch_elder(self, descriptor: int, elder: Elder) -> None:
+    def watch_elder(self, descriptor: int, elder: Elder) -> Successor:
         """Takes over the watch on an older process; owns the descriptor of the link to it."""
-        link = Link(socket.socket(fileno=descriptor))
-        self.add(Successor.of_elder(link, self, elder))
+        exchange = Successor.of_elder(Link(socket.socket(fileno=descriptor)), self, elder)
+        self.add(exchange)
+        return exchange
 
     # What the incumbent's side calls.
 
@@ -240,7 +259,8 @@ class Controller(ControlThread):
         leaving = [exchange for exchange in self._elder_exchanges() if exchange.link.between_frames]
         elders = [exchange.elder._asdict() for exchange in leaving]
         body = {"left": self.server.connections(), "elders": elders}
-        link.give(Type.DONE, body, [os.dup(exchange.link.fileno()) for exchange in leaving])
+        links = [os.dup(exchange.link.fileno()) for exchange in leaving]
+        link.send(Type.DONE, body, links, given=links)
         for exchange in leaving:
             exchange.link.close()
             self.exchanges.pop(exchange, None)
@@ -307,6 +327,7 @@ class Controller(ControlThread):
                 if held.is_open
             ],
             "connections": {"open": self.server.connections(), "draining": draining},
+            "moved": self.server.moves(),
             "last_takeover": self.last_takeover,
         }
 

@@ -37,7 +37,7 @@ def read_token(token: int) -> bytes:
 class Exchange:
     """One Machine on one Link. Everything here runs in the control thread.
 
-    `boundary` is a seam for tests, which die or stop at it: it is called with the role and the step before and after
+    `frame` is the message that is being acted on. `boundary` is a seam for tests, which die or stop at it: it is called with the role and the step before and after
     each action and at each message that arrives.
     """
 
@@ -54,6 +54,7 @@ class Exchange:
         self.reason = ""
         self.cause: Event | None = None
         self.error: TakeoverError | None = None
+        self.frame: Frame | None = None
         self.phases: dict[str, float] = {}
         self._since = time.monotonic()
         self._silent = 0
@@ -187,6 +188,7 @@ class Exchange:
         self._at_boundary("at", frame.type.name)
         if not self.machine.accepts(frame.type):
             raise RemoteProtocolError(f"{frame.type.name} is out of turn in the state {self.state.value!r}")
+        self.frame = frame
         event = self.received(frame)
         if event is not None:
             self.step(event)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from typing import TYPE_CHECKING, Any
 
 from ._version import VERSION
+from .channel import Channel
+from .descriptors import expect
+from .errors import RemoteProtocolError
 from .exchange import Exchange, logger, read_token
 from .link import Link, close_all
 from .protocol import COMMIT_BYTE, INCUMBENT, SETTLE_BYTE, Do, Event, Local, State
@@ -120,9 +124,23 @@ class Incumbent(Exchange):
             return {COMMIT_BYTE: Local.GOT_COMMIT, SETTLE_BYTE: Local.GOT_SETTLE}.get(byte, Local.GOT_NOTHING)
         elif action is Do.RELEASE:
             self.owner.release_service(self)
+        elif action is Do.MOVE:
+            self._move()
         elif action is Do.STOP:
             self.owner.stop_requested(self.link.peer.pid)
         return None
+
+    def _move(self) -> None:
+        """The owner asks for the live connections: hands its channel to the server, who owns it from then on."""
+        assert self.frame is not None
+        wish, descriptors = self.frame.body, self.frame.descriptors
+        if len(descriptors) != 2:
+            raise RemoteProtocolError(f"a channel of {len(descriptors)} descriptors came, it has a socket and a token")
+        expect(descriptors[0], kind="socket", family=socket.AF_UNIX, type=socket.SOCK_STREAM, listening=False)
+        expect(descriptors[1], kind="fifo")
+        channel = Channel(*descriptors, wish["pid"], wish["generation"], room=wish["room"])
+        del descriptors[:]
+        self.owner.server.give_connections(channel, self.limits)
 
     def _offer(self) -> Event | None:
         if self._batches is None:

@@ -24,14 +24,14 @@ class Link:
     """Owns the socket, the pidfd of the peer and whatever descriptors a frame that never became whole had brought.
 
     `lost` turns true at end-of-file, at a reset, and when the peer's process is found dead with nothing left to read.
-    Descriptors that are sent stay the caller's, who keeps them open until the frame was answered; those of give() are
-    the link's, and closed as soon as they have gone.
+    Descriptors that are sent stay the caller's, who keeps them open until the frame was answered; those that are
+    `given` with it are the link's, and closed as soon as they have gone. `peer` need not be told where the kernel knows.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer | None = None) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self.peer: Peer = peer_of(sock)
+        self.peer = peer or peer_of(sock)
         self.lost = False
         self.before_close: Callable[[], None] | None = None
         self._decoder = Decoder()
@@ -55,20 +55,24 @@ class Link:
         """Whether no part of a frame has been read without the rest, or queued for sending."""
         return not self._queue and self._decoder.wants() == Decoder().wants()
 
-    def send(self, kind: Type, body: Body | None = None, descriptors: Sequence[int] = ()) -> None:
+    def send(
+        self,
+        kind: Type,
+        body: Body | bytes | None = None,
+        descriptors: Sequence[int] = (),
+        *,
+        given: Sequence[int] = (),
+    ) -> None:
         """Queues a frame and sends what the socket takes. Raises OSError where the kernel refuses the descriptors.
 
-        On a link that is lost it does nothing: that the peer is gone is told by reading, once.
+        On a link that is lost it only closes what was given: that the peer is gone is told by reading, once.
         """
         if self.lost:
+            close_all(given)
             return
+        self._given += given
         self._queue.append((encode(kind, body, len(descriptors)), descriptors))
         self.flush()
-
-    def give(self, kind: Type, body: Body, descriptors: Sequence[int]) -> None:
-        """As send(), and the descriptors are the link's from now on."""
-        self._given += descriptors
-        self.send(kind, body, descriptors)
 
     def flush(self) -> None:
         """Sends what the socket takes of what is queued.

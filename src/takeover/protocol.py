@@ -15,6 +15,13 @@ In particular the incumbent never needs to know whether COMMIT arrived, and a su
 stopped, hanging) may claim the service: should the incumbent wake up, the token is gone, and it learns so.
 
 A link that is lost stays lost: LOST is delivered again in each new state whose table has a row for it.
+
+Established connections move when the service is settled, from the loop of the one process straight to the loop of the
+other, on a *channel*: a socket pair that the successor makes (TAKE). Its two ends are tables of their own, the *giver*
+and the *taker*. A batch is the giver's until ADOPTED has come back, and the taker's from RELEASED on; in between it
+stands still. Who owns what is in between when the other is dead, stopped or hangs is again no matter of opinion: with
+the channel goes a token with one byte. Whoever reads it owns every batch that was not released. Without trouble nobody
+reads it.
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ from .wire import Type
 
 COMMIT_BYTE = b"c"
 SETTLE_BYTE = b"s"
+CHANNEL_BYTE = b"m"
 
 
 class Limits(NamedTuple):
@@ -67,6 +75,13 @@ class State(enum.Enum):
     OWNER = "owner"
     FAILED = "failed"
     UNDONE = "undone"
+    # of the two ends of a channel
+    GIVING = "giving"
+    RECLAIMING = "reclaiming"
+    TAKING = "taking"
+    RESOLVING = "resolving"
+    CLAIMED = "claimed"
+    OUTRUN = "outrun"
 
 
 class Local(enum.Enum):
@@ -86,6 +101,9 @@ class Local(enum.Enum):
     GOT_COMMIT = "the token gave COMMIT_BYTE"
     GOT_SETTLE = "the token gave SETTLE_BYTE"
     GOT_NOTHING = "the token gave nothing that helps"
+    GOT_CHANNEL = "the token gave CHANNEL_BYTE"
+    BATCH = "a batch of connections was taken out of the loop"
+    EMPTY = "nothing is left that could move"
 
 
 class Do(enum.Enum):
@@ -103,6 +121,19 @@ class Do(enum.Enum):
     COUNT = "note how many connections the older process still serves"
     ELDERS = "watch over the older processes that still drain"
     CLOSE = "close the link"
+    BEQUEATH = "keep the blob that came"
+    OPEN_CHANNEL = "ask for the live connections, on a new channel"
+    MOVE = "move the live connections along the channel that came"
+    ADOPT = "take the batch in, without reading or writing"
+    START = "read and write on the batch"
+    START_ALL = "read and write on everything that was adopted"
+    DROP_ALL = "close everything that was adopted and not released"
+    HANG_UP = "say nothing more"
+    RELINQUISH = "close our copies of the batch, but for what was refused"
+    RELINQUISH_ALL = "close our copies of everything that was sent"
+    PUT_BACK = "serve everything that was sent on"
+    RECLAIM = "read the channel's token, to serve on"
+    CLAIM = "read the channel's token, to own"
 
 
 Event: TypeAlias = Type | Local
@@ -151,6 +182,7 @@ INCUMBENT = _table(
     (State.TAKING_BACK, (Local.GOT_SETTLE,), State.CLOSED, (Do.START_ACCEPTING, Type.UNDO, Do.CLOSE)),
     (State.TAKING_BACK, (Local.GOT_NOTHING,), State.DRAINING, (Do.RELEASE, Type.DONE)),
     (State.DRAINING, _SETTLED_BY_ITSELF, State.DRAINING, ()),
+    (State.DRAINING, (Type.TAKE,), State.DRAINING, (Do.MOVE,)),
     (State.DRAINING, (Local.LOST, Local.LEAVING), State.CLOSED, (Do.CLOSE,)),
     (State.STOPPING, (Local.LOST,), State.CLOSED, (Do.CLOSE,)),
 )
@@ -181,15 +213,40 @@ SUCCESSOR = _table(
     (State.STARTING, (Local.FAIL,), State.FAILED, (Do.STOP_ACCEPTING, Type.ABORT, Do.CLOSE)),
     (State.STARTING, (Type.UNDO,), State.UNDONE, (Do.STOP_ACCEPTING, Do.CLOSE)),
     (State.PROBATION, (Type.COMMIT, Type.HEARTBEAT), State.PROBATION, ()),
-    (State.PROBATION, (Type.DONE,), State.OWNER, (Do.ELDERS,)),
+    (State.PROBATION, (Type.DONE,), State.OWNER, (Do.ELDERS, Do.OPEN_CHANNEL)),
     (State.PROBATION, (Type.UNDO,), State.UNDONE, (Do.STOP_ACCEPTING, Do.CLOSE)),
     (State.PROBATION, (Local.LOST, Local.SILENT, Local.LEAVING), State.SETTLING, (Do.TAKE_SETTLE,)),
     (State.SETTLING, (Local.GOT_SETTLE,), State.OWNER, (Type.SETTLED,)),
     (State.SETTLING, (Local.GOT_NOTHING,), State.UNDONE, (Do.STOP_ACCEPTING, Do.CLOSE)),
     (State.OWNER, (Type.HEARTBEAT, Type.COMMIT), State.OWNER, ()),
-    (State.OWNER, (Type.DONE,), State.OWNER, (Do.ELDERS,)),
+    (State.OWNER, (Type.DONE,), State.OWNER, (Do.ELDERS, Do.OPEN_CHANNEL)),
     (State.OWNER, (Type.DRAINING,), State.OWNER, (Do.COUNT,)),
+    (State.OWNER, (Type.BLOB,), State.OWNER, (Do.BEQUEATH,)),
     (State.OWNER, (Local.LOST,), State.OWNER, (Do.CLOSE,)),
+)
+
+GIVER = _table(
+    (State.GIVING, (Local.BATCH,), State.GIVING, (Type.CONNECTIONS,)),
+    (State.GIVING, (Type.ADOPTED,), State.GIVING, (Do.RELINQUISH, Type.RELEASED)),
+    (State.GIVING, (Local.EMPTY,), State.CLOSED, (Type.FINISHED, Do.CLOSE)),
+    (State.GIVING, (Local.LOST, Local.SILENT, Local.LEAVING), State.RECLAIMING, (Do.RECLAIM,)),
+    (State.RECLAIMING, (Local.GOT_CHANNEL,), State.CLOSED, (Do.CLOSE, Do.PUT_BACK)),
+    (State.RECLAIMING, (Local.GOT_NOTHING,), State.CLOSED, (Do.RELINQUISH_ALL, Do.CLOSE)),
+)
+
+TAKER = _table(
+    (State.TAKING, (Type.CONNECTIONS,), State.TAKING, (Do.ADOPT, Type.ADOPTED)),
+    (State.TAKING, (Type.RELEASED,), State.TAKING, (Do.START,)),
+    (State.TAKING, (Type.FINISHED,), State.CLOSED, (Do.CLOSE,)),
+    (State.TAKING, (Local.LOST, Local.SILENT), State.RESOLVING, (Do.CLAIM,)),
+    (State.RESOLVING, (Local.GOT_CHANNEL,), State.CLAIMED, (Do.START_ALL, Do.HANG_UP)),
+    (State.RESOLVING, (Local.GOT_NOTHING,), State.OUTRUN, ()),
+    (State.CLAIMED, (Type.CONNECTIONS,), State.CLAIMED, (Do.ADOPT, Do.START_ALL)),
+    (State.CLAIMED, (Type.RELEASED,), State.CLAIMED, ()),
+    (State.CLAIMED, (Local.LOST, Type.FINISHED), State.CLOSED, (Do.CLOSE,)),
+    (State.OUTRUN, (Type.RELEASED,), State.OUTRUN, (Do.START,)),
+    (State.OUTRUN, (Type.CONNECTIONS,), State.OUTRUN, (Do.ADOPT,)),
+    (State.OUTRUN, (Local.LOST, Type.FINISHED), State.CLOSED, (Do.DROP_ALL, Do.CLOSE)),
 )
 
 FINAL = frozenset({State.CLOSED, State.FAILED, State.UNDONE})
@@ -197,7 +254,7 @@ FINAL = frozenset({State.CLOSED, State.FAILED, State.UNDONE})
 
 def silence_limit(state: State, limits: Limits) -> float | None:
     """Seconds without a word after which the peer counts as SILENT in this state, or None where it may be silent."""
-    if state in (State.COMMITTED, State.PROBATION, State.READY):
+    if state in (State.COMMITTED, State.PROBATION, State.READY, State.GIVING, State.TAKING):
         return limits.silence
     if state in (State.OFFERING, State.WARMING, State.JOINING):
         return limits.warming_silence
@@ -218,9 +275,9 @@ def budget(state: State, limits: Limits) -> float | None:
 class Machine:
     """One side of one exchange: the state it is in, and nothing else."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, state: State = State.GREETING) -> None:
         self.table = table
-        self.state = State.GREETING
+        self.state = state
 
     def accepts(self, event: Event) -> bool:
         """Whether the present state has a row for the event."""

@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 from . import listeners
 from ._backend import backend
 from ._backend import loop as native
+from .channel import Account, Channel, End
 from .controller import Server
 from .errors import Aborted, Interrupted, ListenError
 from .exchange import logger
+from .giver import Giver
+from .protocol import Limits
 from .service import Report, Service, join
+from .taker import Taker
 
 if TYPE_CHECKING:
     import asyncio
@@ -30,9 +34,13 @@ shares the listener has made it blocking: O_NONBLOCK belongs to the open file, n
 class NativeServer(Server):
     """The native loop as a takeover sees it. The methods of Server hop from the control thread to the loop's."""
 
-    def __init__(self, drain_timeout: float) -> None:
+    def __init__(self, drain_timeout: float, live: bool, observer: Callable[[Account], object] | None) -> None:
         self.loop = native.Loop()
         self.drain_timeout = drain_timeout
+        self.live = live
+        self.account = Account()
+        self.account.observer = observer
+        self.ends: list[End] = []
         self.listeners: dict[str, Any] = {}
         self.failure: Aborted | None = None
         self.member: Service | None = None
@@ -60,7 +68,42 @@ class NativeServer(Server):
     def connections(self) -> int:
         return int(self.loop.connections)
 
+    def moves(self) -> dict[str, Any]:
+        return self.account.report()
+
+    def take_connections(self, channel: Channel, limits: Limits) -> None:
+        self._hop(channel, Taker, limits)
+
+    def give_connections(self, channel: Channel, limits: Limits) -> None:
+        if self.live:
+            self._hop(channel, Giver, limits)
+        else:
+            channel.close()
+
+    def _hop(self, channel: Channel, kind: type[End], limits: Limits) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self._open, channel, kind, limits)
+        except RuntimeError:  # the loop is closed
+            channel.close()
+
+    def _open(self, channel: Channel, kind: type[End], limits: Limits) -> None:
+        end = kind(self.loop, self.loop, channel, limits, self.account, self._look_whether_done)
+        if isinstance(end, Giver):
+            end.more_to_come = self._takes
+        self.ends.append(end)
+
+    def _takes(self) -> bool:
+        """Whether an older process may still move connections here."""
+        return any(isinstance(end, Taker) and not end.finished for end in self.ends)
+
+    def leave_channels(self) -> None:
+        """The end of the loop: what is on its way stays with whoever has it."""
+        for end in self.ends:
+            end.leave()
+
     def after_fork(self) -> None:
+        for end in self.ends:
+            end.close_after_fork()
         for listener in self.listeners.values():
             listener.socket.close()
 
@@ -103,7 +146,14 @@ class NativeServer(Server):
 
     def _close_when_empty(self) -> None:
         if not self._kept:
-            self.loop.when_empty(self.loop.stop)
+            self.loop.when_empty(self._look_whether_done)
+
+    def _look_whether_done(self) -> None:
+        """Stops the loop of a server that ends when nothing is open, and nothing is on its way out."""
+        self.ends = [end for end in self.ends if not end.finished]
+        giving = any(isinstance(end, Giver) for end in self.ends)
+        if self._ending and not self._kept and not giving and not self.loop.connections:
+            self.loop.stop()
 
     def _deadline(self) -> None:
         aborted = self.loop.abort_connections()
@@ -139,18 +189,22 @@ def serve(
     *,
     dry_run: bool = False,
     drain_timeout: float = 30.0,
+    live: bool = True,
+    observer: Callable[[Account], object] | None = None,
     **settings: Any,
 ) -> None:
     """Serves on the native loop until a successor has taken over and the rest has drained, or until stopped.
 
-    handler: an asyncio protocol factory, or a compiled handler like ECHO. listen: URLs. The other arguments, and the
+    handler: an asyncio protocol factory, or a compiled handler like ECHO. listen: URLs. live: whether established
+    connections move, those of protocols with export_state() and import_state() (docs/live-moves.md); else they drain.
+    observer: called in the loop with the Account of what has moved, when it has changed. The other arguments, and the
     rest of the settings, are those of join(). Call it in the main thread: it handles SIGTERM and SIGINT (stop
     accepting, drain to the deadline; the second one ends at once).
 
     Raises what join(), Service.listen() and Service.ready() raise, and Aborted when the incumbent took the service back
     in the probation.
     """
-    server = NativeServer(drain_timeout)
+    server = NativeServer(drain_timeout, live, observer)
     with _interruptible(server):
         try:
             with join(control, server=server, dry_run=dry_run, drain_timeout=drain_timeout, **settings) as member:
@@ -164,6 +218,7 @@ def serve(
                     server.listeners[member.name_of(sock)] = server.loop.listen(sock, handler)
                 _run(server, member)
         finally:
+            server.leave_channels()
             server.loop.close()
     if server.failure is not None:
         raise server.failure

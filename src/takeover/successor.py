@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import socket
+from array import array
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._version import VERSION
+from .channel import Channel, open_channel, room_for_connections
 from .descriptors import expect
 from .errors import Aborted, LocalError, PeerLost, Refused, RemoteProtocolError, TakeoverError, TimedOut
 from .exchange import Exchange, logger, read_token
@@ -72,7 +74,6 @@ class Successor(Exchange):
         self.elder = Elder(link.peer.pid, 0, 0)
         self.ready: Body = {"adopted": [], "bound": [], "unused": []}
         self._version = VERSIONS[0]
-        self._frame_now: Frame | None = None
         self._left = -1
         self._token = -1
 
@@ -93,7 +94,6 @@ class Successor(Exchange):
         return [self._token, *(kept.descriptor for kept in self.inherited)]
 
     def received(self, frame: Frame) -> Event | None:
-        self._frame_now = frame
         if frame.type is Type.HELLO:
             return self._greeted(frame.body)
         if frame.type is Type.REFUSE:
@@ -154,17 +154,19 @@ class Successor(Exchange):
             self.joiner.own_service(self)
         elif action is Do.STOP_ACCEPTING:
             self.joiner.lose_service(self)
-        elif action is Do.ELDERS and self._frame_now is not None:
-            self._meet_elders(self._frame_now)
-        elif action is Do.COUNT and self._frame_now is not None:
-            self.elder = self.elder._replace(connections=self._frame_now.body["connections"])
+        elif action is Do.ELDERS and self.frame is not None:
+            self._meet_elders(self.frame)
+        elif action is Do.OPEN_CHANNEL:
+            self.open_channel()
+        elif action is Do.COUNT and self.frame is not None:
+            self.elder = self.elder._replace(connections=self.frame.body["connections"])
         return None
 
     def _keep(self) -> Event | None:
-        assert self._frame_now is not None
-        body, descriptors = self._frame_now.body, self._frame_now.descriptors[:]
+        assert self.frame is not None
+        body, descriptors = self.frame.body, self.frame.descriptors[:]
         items = body["items"]
-        self._frame_now.descriptors.clear()
+        del self.frame.descriptors[:]
         try:
             if len(items) != len(descriptors):
                 raise RemoteProtocolError(f"{len(items)} items came with {len(descriptors)} descriptors")
@@ -181,7 +183,22 @@ class Successor(Exchange):
             close_all(descriptors)
         return None
 
-    def _keep_one(self, item: Body, descriptors: list[int]) -> None:
+    def open_channel(self) -> None:
+        """Asks the older process for its live connections, if the server here can take them."""
+        if not self.joiner.server.live:
+            return
+        try:
+            ours, theirs = open_channel()
+        except OSError as error:
+            logger.warning("no channel to pid %d: %s; its connections drain there", self.elder.pid, error.strerror)
+            return
+        room = room_for_connections()
+        wish = {"room": room, "pid": os.getpid(), "generation": self.joiner.generation}
+        self.link.send(Type.TAKE, wish, theirs, given=theirs)
+        channel = Channel(*ours, self.elder.pid, self.elder.generation, room, self.elder.connections)
+        self.joiner.server.take_connections(channel, self.limits)
+
+    def _keep_one(self, item: Body, descriptors: array[int]) -> None:
         """Checks the first descriptor that is left, and moves it into our own keeping."""
         role, descriptor = item["role"], descriptors[0]
         if role == "token":
@@ -213,12 +230,12 @@ class Successor(Exchange):
     def _meet_elders(self, frame: Frame) -> None:
         self.elder = self.elder._replace(connections=frame.body["left"])
         descriptors = frame.descriptors[:]
-        frame.descriptors.clear()
+        del frame.descriptors[:]
         try:
             for said in frame.body["elders"][: len(descriptors)]:
                 expect(descriptors[0], kind="socket", family=socket.AF_UNIX, type=socket.SOCK_STREAM, listening=False)
                 elder = Elder(said["pid"], said["generation"], said["connections"])
-                self.joiner.watch_elder(descriptors.pop(0), elder)
+                self.joiner.watch_elder(descriptors.pop(0), elder).open_channel()
         finally:
             close_all(descriptors)
 

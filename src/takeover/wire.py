@@ -1,7 +1,7 @@
 """Messages to frames and back, without I/O. docs/protocol.md is the specification; this file is its implementation.
 
-A frame is a header of eight bytes (magic, type, number of descriptors, length of the body) and a body of JSON. The
-descriptors ride on the first byte of the header, and a reader takes exactly the header and then exactly the body: so a
+A frame is a header of eight bytes (magic, type, number of descriptors, length of the body) and a body of JSON, or of
+bytes for the two messages that carry live connections (records.py knows what is in them). The descriptors ride on the first byte of the header, and a reader takes exactly the header and then exactly the body: so a
 descriptor can never be taken for another frame's, whatever the kernel splits or merges, and none is lost to a read
 that had no room for it. The magic is never 0, since a lone 0 byte is how the original script hands over its listener.
 
@@ -17,6 +17,7 @@ import enum
 import json
 import re
 import struct
+from array import array
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ REFUSALS = ("busy", "version", "room", "generations", "service")
 
 
 class Type(enum.IntEnum):
-    """The messages; the numbers from 32 to 47 are kept for live moves."""
+    """The messages; those from 32 to 47 are for live moves, all but TAKE on a channel of their own."""
 
     HELLO = 1
     JOIN = 2
@@ -60,6 +61,12 @@ class Type(enum.IntEnum):
     STOP = 16
     STOPPING = 17
     DRAINING = 18
+    BLOB = 19
+    TAKE = 32
+    CONNECTIONS = 33
+    ADOPTED = 34
+    RELEASED = 35
+    FINISHED = 36
 
 
 Check = Callable[[Any], bool]
@@ -67,11 +74,12 @@ Body = Mapping[str, Any]
 
 
 class Frame(NamedTuple):
-    """One message. The descriptors belong to whoever holds the frame."""
+    """One message; `data` is the body of one that is not JSON. The descriptors belong to whoever holds the frame."""
 
     type: Type
     body: Body
-    descriptors: list[int]
+    descriptors: array[int]
+    data: bytes = b""
 
 
 def _integer(value: Any) -> bool:
@@ -94,6 +102,14 @@ def _word(value: Any) -> bool:
     return _text(value) and len(value) <= 32
 
 
+def _counts(value: Any) -> bool:
+    return type(value) is dict and len(value) <= 64 and all(_word(name) and _integer(value[name]) for name in value)
+
+
+def _refusal(value: Any) -> bool:
+    return type(value) is list and len(value) == 2 and _integer(value[0]) and _word(value[1])
+
+
 def _list_of(check: Check, most: int) -> Check:
     return lambda value: type(value) is list and len(value) <= most and all(map(check, value))
 
@@ -108,11 +124,14 @@ _elder = _record({"pid": _integer, "generation": _integer, "connections": _integ
 
 
 class Schema(NamedTuple):
-    """What a message may hold: the largest body in bytes, whether descriptors may ride on it, and its fields."""
+    """What a message may hold: the largest body in bytes, whether descriptors may ride on it, and its fields.
+
+    Without `fields` the body is not JSON.
+    """
 
     limit: int
     descriptors: bool
-    fields: Mapping[str, Check]
+    fields: Mapping[str, Check] | None
 
 
 SCHEMA: Mapping[Type, Schema] = {
@@ -156,6 +175,14 @@ SCHEMA: Mapping[Type, Schema] = {
     Type.STOP: Schema(4096, False, {}),
     Type.STOPPING: Schema(4096, False, {"deadline": _number}),
     Type.DRAINING: Schema(4096, False, {"connections": _integer}),
+    Type.BLOB: Schema(1 << 16, True, {"name": _text}),
+    Type.TAKE: Schema(4096, True, {"room": _integer, "pid": _integer, "generation": _integer}),
+    Type.CONNECTIONS: Schema(4 << 20, True, None),
+    Type.ADOPTED: Schema(
+        1 << 16, False, {"batch": _integer, "room": _integer, "refused": _list_of(_refusal, MAX_DESCRIPTORS)}
+    ),
+    Type.RELEASED: Schema(64 << 20, False, None),
+    Type.FINISHED: Schema(1 << 16, False, {"left": _counts}),
 }
 
 
@@ -164,16 +191,10 @@ def as_text(value: str) -> str:
     return _UNFIT.sub(" ", value)[:LONGEST_TEXT]
 
 
-def encode(kind: Type, body: Body | None = None, descriptors: int = 0) -> bytes:
+def encode(kind: Type, body: Body | bytes | None = None, descriptors: int = 0) -> bytes:
     """The bytes of one frame that `descriptors` descriptors are going to ride on. Raises LocalProtocolError."""
-    schema, body = SCHEMA[kind], body or {}
-    wrong = _first_wrong(schema, body)
-    if wrong is not None:
-        raise LocalProtocolError(f"the field {wrong} of a {kind.name} is missing or out of range")
-    try:
-        data = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise LocalProtocolError(f"the body of a {kind.name} cannot be written as JSON: {error}") from None
+    schema = SCHEMA[kind]
+    data = body if isinstance(body, bytes) else _encode_fields(kind, schema, body or {})
     if len(data) > schema.limit or descriptors > (MAX_DESCRIPTORS if schema.descriptors else 0):
         raise LocalProtocolError(
             f"a {kind.name} of {len(data):,} bytes with {descriptors} descriptors does not fit in one frame"
@@ -181,8 +202,19 @@ def encode(kind: Type, body: Body | None = None, descriptors: int = 0) -> bytes:
     return HEADER.pack(MAGIC, kind, descriptors, len(data)) + data
 
 
+def _encode_fields(kind: Type, schema: Schema, body: Body) -> bytes:
+    wrong = _first_wrong(schema, body)
+    if wrong is not None:
+        raise LocalProtocolError(f"the field {wrong} of a {kind.name} is missing or out of range")
+    try:
+        return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise LocalProtocolError(f"the body of a {kind.name} cannot be written as JSON: {error}") from None
+
+
 def _first_wrong(schema: Schema, body: Body) -> str | None:
-    return next((name for name, check in schema.fields.items() if name not in body or not check(body[name])), None)
+    fields = schema.fields or {}
+    return next((name for name, check in fields.items() if name not in body or not check(body[name])), None)
 
 
 def _decode(data: bytearray) -> Any:
@@ -220,7 +252,7 @@ class Decoder:
 
     def __init__(self, expected: Collection[Type] = frozenset(Type)) -> None:
         self.expected = expected
-        self.descriptors: list[int] = []
+        self.descriptors = array("i")
         self._header = b""
         self._body = bytearray()
         self._type = Type.HELLO
@@ -232,10 +264,10 @@ class Decoder:
             return HEADER.size - len(self._header), MAX_DESCRIPTORS
         return min(self._length - len(self._body), 1 << 16), 0
 
-    def feed(self, data: bytes, descriptors: list[int]) -> Frame | None:
+    def feed(self, data: bytes, descriptors: array[int]) -> Frame | None:
         """Takes what one read returned; returns the frame that it completes, if any. Raises RemoteProtocolError."""
         if descriptors:
-            self.descriptors += descriptors
+            self.descriptors.extend(descriptors)
             if self._header:
                 raise RemoteProtocolError("descriptors came in the middle of a frame instead of on its first byte")
         if len(self._header) < HEADER.size:
@@ -270,6 +302,14 @@ class Decoder:
             )
 
     def _finish(self) -> Frame:
+        if SCHEMA[self._type].fields is None:
+            frame = Frame(self._type, {}, self.descriptors, bytes(self._body))
+        else:
+            frame = Frame(self._type, self._fields(), self.descriptors)
+        self.descriptors, self._header, self._body, self._length = array("i"), b"", bytearray(), 0
+        return frame
+
+    def _fields(self) -> Body:
         try:
             body = _decode(self._body)
         except (ValueError, RecursionError) as error:
@@ -279,6 +319,4 @@ class Decoder:
         wrong = _first_wrong(SCHEMA[self._type], body)
         if wrong is not None:
             raise RemoteProtocolError(f"the field {wrong} of a {self._type.name} is missing or out of range")
-        frame = Frame(self._type, body, self.descriptors)
-        self.descriptors, self._header, self._body, self._length = [], b"", bytearray(), 0
-        return frame
+        return body

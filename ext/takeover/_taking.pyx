@@ -1,0 +1,253 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""Connections into a loop, a batch at a time; those of compiled handlers without the GIL.
+
+A connection that was adopted is HELD, in the table and not in the epoll set: it is neither read nor written until it
+is started. No descriptor of a batch can change hands in between, so an array of them stands for the batch.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from libc.string cimport memset
+from posix.unistd cimport close
+
+from takeover._addresses cimport unpack_inet
+from takeover._connections cimport (
+    CLOSING, EOF_QUEUED, EOF_RECEIVED, FULL, HELD, LOST, NATIVE, PAUSED, PROTOCOL, Callbacks, Connection, Kind, Origin,
+    open_connection, place, queue, reap, release, sockaddr, sockaddr_storage, socklen_t,
+)
+from takeover._fdpass cimport MOST
+from takeover._listener cimport Listener
+from takeover._native cimport resume_native
+from takeover._reasons cimport (
+    BROKEN, FINE, NO_LISTENER, NO_MEMORY, NO_SOCKET, OTHER_HANDLER, OTHER_VERSION, UNREAD, Reason,
+)
+from takeover._records cimport (
+    R_CLOSING, R_EOF_RECEIVED, R_EOF_WRITTEN, R_FULL, R_HAS_STATE, R_PAUSED, Record, unpack,
+)
+from takeover._transport cimport Transport, forget_connection, make_transport, resume_connection
+
+from takeover._schedule import log
+from takeover.errors import RemoteProtocolError
+from takeover.records import WORDS, Moved, reads_version, unpack_peer
+
+cdef extern from "<sys/socket.h>" nogil:
+    enum: AF_UNIX, SOL_SOCKET, SO_TYPE, SOCK_STREAM
+    int getsockopt(int fd, int level, int option, void *value, socklen_t *size)
+
+
+cdef inline uint8_t own_flags(uint8_t flags) noexcept nogil:
+    cdef uint8_t own = HELD
+    own |= EOF_RECEIVED if flags & R_EOF_RECEIVED else 0
+    own |= EOF_QUEUED if flags & R_EOF_WRITTEN else 0
+    own |= PAUSED if flags & R_PAUSED else 0
+    own |= FULL if flags & R_FULL else 0
+    own |= CLOSING if flags & R_CLOSING else 0
+    return own
+
+
+cdef const Origin *home_of(Core *core, uint64_t inode) noexcept nogil:
+    cdef size_t index
+    for index in range(core.origin_count):
+        if core.origins[index].inode == inode:
+            return &core.origins[index]
+    return NULL
+
+
+cdef bint is_stream(int fd) noexcept nogil:
+    cdef int kind = 0
+    cdef socklen_t size = sizeof(kind)
+    return getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &size) == 0 and kind == SOCK_STREAM
+
+
+cdef Connection *take_in(Core *core, int fd, int kind, const Record *record, const Origin *home) noexcept nogil:
+    """A record in the table, HELD, with the unsent bytes; NULL without memory."""
+    cdef Connection *connection = open_connection(core, fd, <Kind>kind)
+    if connection == NULL:
+        return NULL
+    connection.handler = home.callbacks
+    connection.origin = <uint16_t>(home - core.origins)
+    connection.moves = record.moves + 1 if record.moves < 255 else 255
+    connection.flags = own_flags(record.flags)
+    if queue(core, connection, record.unsent, record.unsent_size):
+        release(core, connection)
+        return NULL
+    return connection
+
+
+cdef Reason adopt_native(Core *core, int fd, const Record *record, const Origin *home) noexcept nogil:
+    cdef const Callbacks *handler = home.callbacks
+    cdef Connection *connection
+    cdef bint reads = handler.imported != NULL
+    if (record.flags & R_HAS_STATE != 0) != reads:
+        return OTHER_HANDLER
+    if reads and (record.version < handler.oldest or record.version > handler.version):
+        return OTHER_VERSION
+    connection = take_in(core, fd, NATIVE, record, home)
+    if connection == NULL:
+        return NO_MEMORY
+    if reads and not handler.imported(core, connection, record.state, record.state_size):
+        release(core, connection)
+        return BROKEN
+    return FINE
+
+
+cdef Reason adopt_protocol(Core *core, object schedule, int fd, const Record *record, const Origin *home,
+                           object generation) except *:
+    cdef Connection *connection
+    cdef Transport transport
+    cdef sockaddr_storage peer
+    factory = (<Listener>home.listener).handler
+    if not record.flags & R_HAS_STATE:
+        return OTHER_HANDLER
+    try:
+        protocol = factory()
+        if getattr(protocol, "import_state", None) is None:
+            return OTHER_HANDLER
+        if not reads_version(protocol, record.version):
+            return OTHER_VERSION
+        protocol.import_state(record.state[:record.state_size])
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        log.exception("import_state in %r raised; the connection goes back", factory)
+        return BROKEN
+    connection = take_in(core, fd, PROTOCOL, record, home)
+    if connection == NULL:
+        return NO_MEMORY
+    memset(&peer, 0, sizeof(peer))
+    if unpack_inet(record.peer, record.peer_size, <char *>&peer) == 0:
+        (<sockaddr *>&peer).sa_family = AF_UNIX
+    transport = make_transport(core, connection, schedule, protocol, <sockaddr *>&peer, 0)
+    if transport.family == AF_UNIX:
+        transport.peer_path = unpack_peer(record.peer[:record.peer_size])
+    transport.high, transport.low = record.high, record.low
+    transport.eof_written = record.flags & R_EOF_WRITTEN != 0
+    transport.moved = Moved(generation, connection.moves)
+    return FINE
+
+
+cdef list adopt_batch(Core *core, object schedule, const char *records, size_t size, array.array descriptors,
+                      object generation):
+    """Takes every descriptor: those refused are closed here. Returns [[index, reason], …] of those.
+
+    Raises RemoteProtocolError, and has closed all of them, where the records are garbled.
+    """
+    cdef uint8_t[MOST] answers
+    cdef int *fds = descriptors.data.as_ints
+    cdef int count = <int>len(descriptors)
+    cdef int index = 0
+    cdef int answer
+    cdef size_t at = 0, length
+    cdef Record record
+    cdef const Origin *home
+    while index < count:
+        length = unpack(records + at, size - at, &record)
+        if length == 0:
+            break
+        at += length
+        index += 1
+    if index < count or at != size:
+        for index in range(count):
+            close(fds[index])
+        raise RemoteProtocolError(f"the records of {count} connections are garbled")
+    index = 0
+    at = 0
+    while index < count:
+        with nogil:
+            home = NULL
+            while index < count:
+                length = unpack(records + at, size - at, &record)
+                if home == NULL or home.inode != record.listener:
+                    home = home_of(core, record.listener)
+                if home == NULL or (home.callbacks == NULL and home.listener == NULL):
+                    answer = NO_LISTENER
+                elif not is_stream(fds[index]):
+                    answer = NO_SOCKET
+                elif record.unread_size:
+                    answer = UNREAD
+                elif home.callbacks == NULL:
+                    break
+                else:
+                    answer = adopt_native(core, fds[index], &record, home)
+                answers[index] = <uint8_t>answer
+                at += length
+                index += 1
+        if index < count:
+            answers[index] = <uint8_t>adopt_protocol(core, schedule, fds[index], &record, home, generation)
+            at += length
+            index += 1
+    refused = []
+    for index in range(count):
+        if answers[index]:
+            close(fds[index])
+            refused.append([index, WORDS[answers[index]]])
+    return refused
+
+
+cdef int start_protocol(Core *core, Connection *connection) except -1:
+    cdef Transport transport = <Transport>connection.state
+    cdef bint was_full = connection.flags & FULL != 0
+    connection.flags &= <uint8_t>~FULL
+    transport.resume()
+    transport.begin()
+    if was_full and not connection.flags & (LOST | FULL):
+        connection.flags |= FULL
+        try:
+            transport.protocol.pause_writing()
+        except BaseException as error:
+            transport.failed("pause_writing", error)
+    elif not connection.flags & LOST:
+        transport.fill()
+    return 0
+
+
+cdef int start_batch(Core *core, array.array descriptors, object skip, dict tails) except -1:
+    """Reads and writes from now on; what was written to a connection on its way goes out behind what it had brought."""
+    cdef int *fds = descriptors.data.as_ints
+    cdef int count = <int>len(descriptors)
+    cdef int index
+    cdef bint all_of_them = not skip and not tails
+    cdef Connection *connection
+    cdef bytes tail
+    index = 0
+    while index < count:
+        if all_of_them:
+            with nogil:
+                while index < count:
+                    connection = place(core, fds[index])
+                    if connection.kind != NATIVE:
+                        break
+                    resume_native(core, connection)
+                    index += 1
+                reap(core)
+            if index == count:
+                break
+        connection = place(core, fds[index])
+        if not all_of_them and index in skip:
+            index += 1
+            continue
+        if not all_of_them and index in tails:
+            tail = tails[index]
+            if queue(core, connection, tail, len(tail)):
+                raise MemoryError
+        if connection.kind == NATIVE:
+            resume_native(core, connection)
+        else:
+            start_protocol(core, connection)
+        index += 1
+    reap(core)
+    return 0
+
+
+cdef int drop_batch(Core *core, array.array descriptors, object skip) except -1:
+    """Closes our copies of what was adopted and goes back: no handler has seen its connection yet."""
+    cdef int *fds = descriptors.data.as_ints
+    cdef int index, fd
+    cdef Connection *connection
+    for index in range(<int>len(descriptors)):
+        if index in skip:
+            continue
+        fd = fds[index]
+        connection = place(core, fd)
+        forget_connection(core, connection)
+        close(fd)
+    return 0

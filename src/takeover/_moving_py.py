@@ -1,0 +1,220 @@
+"""Connections out of one plain loop and into another: what the compiled twin does in _giving.pyx and _taking.pyx."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from array import array
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ._transport_py import Transport
+from .borrowed import BorrowedSocket
+from .errors import RemoteProtocolError
+from .records import (
+    CLOSING,
+    HAS_STATE,
+    LARGEST_PART,
+    NOT_NOW,
+    Moved,
+    Record,
+    pack_peer,
+    reads_version,
+    unpack,
+    unpack_peer,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from ._listener_py import Listener
+    from ._loop_py import Loop
+
+log = logging.getLogger("takeover")
+
+
+class Stays(Exception):
+    """A connection does not move; its argument is the word for why (records.WORDS)."""
+
+
+def export_batch(
+    loop: Loop, start: int, most: int, size: int, reasons: dict[str, int]
+) -> tuple[bytes, array[int], int]:
+    """Loop.export_connections()."""
+    records: list[bytes] = []
+    descriptors = array("i")
+    total = 0
+    for fd in sorted(fd for fd in loop.transports if fd >= start):
+        if len(descriptors) == most or total >= size:
+            return b"".join(records), descriptors, fd
+        transport = loop.transports[fd]
+        if transport.stays or not transport.at_rest:
+            continue
+        try:
+            records.append(_export(loop, transport))
+        except Stays as stays:
+            (why,) = stays.args
+            reasons[why] = reasons.get(why, 0) + 1
+            transport.stays = why != "busy"
+            continue
+        total += len(records[-1])
+        transport.hold()
+        descriptors.append(fd)
+    return b"".join(records), descriptors, -1
+
+
+def _export(loop: Loop, transport: Transport) -> bytes:
+    protocol: Any = transport.get_protocol()
+    native = hasattr(loop.homes[transport.origin].handler, "factory")
+    version, state, high, low = 0, b"", *reversed(transport.get_write_buffer_limits())
+    if not native:
+        version, state = _state_of(transport, protocol)
+    sock = transport.get_extra_info("socket")
+    peer = b"" if native else pack_peer(sock.family, transport.get_extra_info("peername"))
+    unsent = transport.backlog()
+    if len(state) + len(unsent) > LARGEST_PART:
+        log.error("the state of %r has %d bytes, too many to move; its connection is drained", protocol, len(state))
+        raise Stays("state")
+    flags = transport.flags() | (0 if native else HAS_STATE)
+    times = transport.moved.times if transport.moved else 0
+    high, low = min(high, 0xFFFFFFFF), min(low, 0xFFFFFFFF)
+    return Record(transport.origin, flags, times, peer, version, high, low, b"", unsent, state).pack()
+
+
+def _state_of(transport: Transport, protocol: Any) -> tuple[int, bytes]:
+    """The version of a protocol's state, and the state."""
+    if transport.flags() & CLOSING:
+        raise Stays("closing")
+    export = getattr(protocol, "export_state", None)
+    if export is None or getattr(protocol, "import_state", None) is None:
+        raise Stays("unmovable")
+    try:
+        state = export()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        log.exception("export_state of %r raised; its connection is drained", protocol)
+        raise Stays("state") from None
+    if state is NOT_NOW:
+        raise Stays("busy")
+    if not isinstance(state, (bytes, bytearray, memoryview)):
+        log.error(
+            "export_state of %r returned %s, not bytes; its connection is drained", protocol, type(state).__name__
+        )
+        raise Stays("state")
+    if transport.is_closing():
+        raise Stays("closing")
+    return getattr(protocol, "state_version", 0), bytes(state)
+
+
+def relinquish_batch(loop: Loop, descriptors: array[int], skip: Collection[int]) -> tuple[list[int], dict[int, bytes]]:
+    """Loop.relinquish_connections()."""
+    kept, tails = [], {}
+    for index, fd in enumerate(descriptors):
+        transport = loop.transports[fd]
+        if index in skip or transport.stays:
+            if index not in skip:
+                kept.append(index)
+            transport.stays = True
+            transport.resume()
+            continue
+        tail = transport.backlog(transport.exported)
+        if tail:
+            tails[index] = tail
+        moved = getattr(transport.get_protocol(), "connection_moved", None)
+        os.close(transport.part())
+        if moved is not None:
+            try:
+                moved()
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:
+                log.exception("connection_moved raised")
+    return kept, tails
+
+
+def put_back_batch(loop: Loop, descriptors: array[int], stay: bool) -> None:
+    """Loop.put_back_connections()."""
+    for fd in descriptors:
+        transport = loop.transports[fd]
+        transport.stays = transport.stays or stay
+        transport.resume()
+
+
+def adopt_batch(loop: Loop, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
+    """Loop.adopt_connections()."""
+    try:
+        found = unpack(records, len(descriptors))
+    except RemoteProtocolError:
+        for fd in descriptors:
+            os.close(fd)
+        raise
+    refused: list[list[Any]] = []
+    for index, (fd, record) in enumerate(zip(descriptors, found, strict=True)):
+        try:
+            _adopt(loop, fd, record, generation)
+        except Stays as stays:
+            os.close(fd)
+            refused.append([index, *stays.args])
+    return refused
+
+
+def _adopt(loop: Loop, fd: int, record: Record, generation: int) -> None:
+    home = loop.homes.get(record.listener)
+    if home is None:
+        raise Stays("listener")
+    try:
+        with BorrowedSocket(fd) as borrowed:
+            family, kind = borrowed.family, borrowed.type
+    except OSError:
+        raise Stays("socket") from None
+    if kind != socket.SOCK_STREAM:
+        raise Stays("socket")
+    if len(record.unread):
+        raise Stays("unread")
+    protocol = _protocol_for(home, record)
+    peer = unpack_peer(record.peer) if record.peer else None
+    sock = socket.socket(family, kind, fileno=fd)
+    sock.setblocking(False)
+    transport = Transport(loop, sock, peer, protocol, record.listener)
+    transport.take_on(record)
+    transport.moved = Moved(generation, min(record.times + 1, 255))
+    loop.admit(transport)
+
+
+def _protocol_for(home: Listener, record: Record) -> Any:
+    native = hasattr(home.handler, "factory")
+    if native is bool(record.flags & HAS_STATE):
+        raise Stays("handler")
+    try:
+        protocol: Any = home.factory()
+        if native:
+            return protocol
+        if getattr(protocol, "import_state", None) is None:
+            raise Stays("handler")
+        if not reads_version(protocol, record.version):
+            raise Stays("version")
+        protocol.import_state(bytes(record.state))
+    except (KeyboardInterrupt, SystemExit, Stays):
+        raise
+    except BaseException:
+        log.exception("import_state in %r raised; the connection goes back", home.handler)
+        raise Stays("state") from None
+    return protocol
+
+
+def start_batch(loop: Loop, descriptors: array[int], skip: Collection[int], tails: Mapping[int, bytes]) -> None:
+    """Loop.start_connections()."""
+    for index, fd in enumerate(descriptors):
+        if index not in skip:
+            transport = loop.transports[fd]
+            transport.append(tails.get(index, b""))
+            transport.start()
+
+
+def drop_batch(loop: Loop, descriptors: array[int], skip: Collection[int]) -> None:
+    """Loop.drop_connections()."""
+    for index, fd in enumerate(descriptors):
+        if index not in skip:
+            os.close(loop.transports[fd].part())

@@ -1,0 +1,234 @@
+"""A channel, along which established connections move from the loop of one process to that of another: what its ends share.
+
+Each end is a table of protocol.py, driven on the thread of the loop whose connections it moves: between two callbacks
+of a loop every connection is at rest, and nobody has to wait for anybody.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import time
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from .control import Peer
+from .exchange import Exchange, logger, read_token
+from .link import Link, close_all
+from .protocol import CHANNEL_BYTE, Event, Limits, Local, State
+
+
+class Connections(Protocol):
+    """What moves: the loop's methods of the same names, or those of a server on another loop."""
+
+    def export_connections(
+        self, start: int, most: int, size: int, reasons: dict[str, int]
+    ) -> tuple[bytes, array[int], int]: ...
+    def relinquish_connections(
+        self, descriptors: array[int], skip: Collection[int]
+    ) -> tuple[list[int], dict[int, bytes]]: ...
+    def put_back_connections(self, descriptors: array[int], stay: bool) -> None: ...
+    def adopt_connections(self, records: Any, descriptors: array[int], generation: int) -> list[list[Any]]: ...
+    def start_connections(self, descriptors: array[int], skip: Collection[int], tails: Mapping[int, bytes]) -> None: ...
+    def drop_connections(self, descriptors: array[int], skip: Collection[int]) -> None: ...
+
+
+class Channel(NamedTuple):
+    """One end: the socket and the token are descriptors, owned by whoever holds this; who is at the other end.
+
+    `room` is how many descriptors the taker can hold, `expected` how many connections the giver has.
+    """
+
+    sock: int
+    token: int
+    pid: int
+    generation: int
+    room: int = 0
+    expected: int = 0
+
+    def close(self) -> None:
+        close_all([self.sock, self.token])
+
+
+def open_channel() -> tuple[tuple[int, int], tuple[int, int]]:
+    """Socket and token of each of the two ends of a new channel; all four are the caller's. Raises OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        reading, writing = os.pipe()
+        try:
+            os.write(writing, CHANNEL_BYTE)
+            token = os.dup(reading)
+        except BaseException:
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
+        return (ours.detach(), token), (theirs.detach(), reading)
+
+
+def room_for_connections() -> int:
+    """How many connections this process may take in: the eighth part of its RLIMIT_NOFILE stays free for new ones."""
+    limit = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    try:
+        held = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        held = 64
+    return max(0, limit - held - max(32, limit // 8))
+
+
+class Account:
+    """What has moved, and why the rest has not: a part of what `takeover status` shows. Bytes, milliseconds.
+
+    `observer`, if any, is called when it has changed; `expected` is how many connections are to come.
+    """
+
+    def __init__(self) -> None:
+        self.moved_in = 0
+        self.moved_out = 0
+        self.state_bytes = 0
+        self.longest_standstill = 0.0
+        self.expected = 0
+        self.refused: Counter[str] = Counter()
+        self.drained: Counter[str] = Counter()
+        self.observer: Callable[[Account], object] | None = None
+
+    def changed(self) -> None:
+        if self.observer is not None:
+            self.observer(self)
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "in": self.moved_in,
+            "out": self.moved_out,
+            "refused": dict(self.refused),
+            "drained": dict(self.drained),
+            "state_bytes": self.state_bytes,
+            "longest_standstill_ms": round(self.longest_standstill, 3),
+        }
+
+
+class Batch(NamedTuple):
+    """Connections on their way since `began` (CLOCK_MONOTONIC); `skip` are the indices of those that are not any more."""
+
+    number: int
+    descriptors: array[int]
+    began: float
+    skip: frozenset[int] = frozenset()
+
+
+class End(Exchange):
+    """What both ends share: the loop's watch on the socket, the clock, the token. Owns both descriptors of the channel.
+
+    `loop` has add_reader(), add_writer(), call_soon() and call_later(), as asyncio's loops have. `ended` is called
+    once, when nothing more will happen.
+    """
+
+    begins: ClassVar[State]
+
+    def __init__(
+        self,
+        loop: Any,
+        connections: Connections,
+        channel: Channel,
+        limits: Limits,
+        account: Account,
+        ended: Callable[[], object],
+    ) -> None:
+        peer = Peer(channel.pid, os.geteuid(), None)
+        super().__init__(Link(socket.socket(fileno=channel.sock), peer), limits)
+        self.machine.state = self.begins
+        self.loop = loop
+        self.connections = connections
+        self.channel = channel
+        self.account = account
+        self.batches: deque[Batch] = deque()
+        self.started = time.monotonic()
+        self._ended = ended
+        self._token = channel.token
+        self._timer: Any = None
+        self._writing = False
+        os.set_blocking(self._token, False)
+        self.link.before_close = self._unwatch
+        loop.add_reader(self.link.fileno(), self.guard, self.readable)
+
+    def owned(self) -> list[int]:
+        return [self._token]
+
+    def leave(self) -> None:
+        """The loop ends: what is on its way is the other end's, who finds that nobody has claimed it."""
+        if self.finished:
+            return
+        self.link.close()
+        close_all([self._token])
+        for batch in self.batches:
+            self.connections.drop_connections(batch.descriptors, batch.skip)
+        self.batches.clear()
+
+    def close_after_fork(self) -> None:
+        """In a forked child: closes the descriptors, and does not touch the loop, whose epoll set is the parent's."""
+        self.link.before_close = None
+        self.link.close()
+        close_all([self._token])
+
+    def changed(self, before: State) -> None:
+        if self.finished:
+            close_all([self._token])
+            self._token = -1
+            if self._timer is not None:
+                self._timer.cancel()
+            self.loop.call_soon(self._ended)
+
+    def take_token(self) -> Event:
+        """Reads the channel's token: who gets the byte owns every batch that was not released."""
+        return Local.GOT_CHANNEL if read_token(self._token) == CHANNEL_BYTE else Local.GOT_NOTHING
+
+    def flushed(self) -> None:
+        """The socket has room again."""
+        self.link.flush()
+
+    def guard(self, work: Callable[[], object]) -> None:
+        """Lets this end work; a mistake in it costs the channel, not the service its loop."""
+        if self.finished:
+            return
+        try:
+            work()
+        except Exception:  # noqa: BLE001 - logged with its traceback, and contained
+            logger.exception("the channel to pid %d failed", self.channel.pid)
+            self.link.lost = True
+            self._lose()
+        if not self.finished:
+            self._look_after()
+
+    def _look_after(self) -> None:
+        """Watches for room in the socket while something is unsent, and the clock while something is on its way."""
+        if self.link.unsent and not self._writing:
+            self.loop.add_writer(self.link.fileno(), self.guard, self.flushed)
+        elif self._writing and not self.link.unsent:
+            self.loop.remove_writer(self.link.fileno())
+        self._writing = self.link.unsent
+        if self.batches and self._timer is None:
+            self._timer = self.loop.call_later(self.limits.heartbeat, self._ticked)
+
+    def _ticked(self) -> None:
+        self._timer = None
+        if self.batches:
+            self.guard(self.tick)
+        else:
+            self._silent = 0
+
+    def _unwatch(self) -> None:
+        self.loop.remove_reader(self.link.fileno())
+        self.loop.remove_writer(self.link.fileno())
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """`3 busy, 1 version`"""
+    return ", ".join(f"{count:,} {word}" for word, count in sorted(counts.items()))
+
+
+def check_indices(indices: Collection[int], batch: Batch) -> bool:
+    """Whether they name different connections of a batch."""
+    return len(set(indices)) == len(indices) and all(index < len(batch.descriptors) for index in indices)

@@ -1,0 +1,239 @@
+"""The giving end of a channel: an incumbent that drains moves what its loop holds to the successor.
+
+Some batches are on their way at a time, so that both processes work at once, and each is so small that it stands still
+for some milliseconds only: the next one is larger if the last one was quick, smaller if it was not. Between two batches
+the loop serves what it holds. A handler that says "not now" is asked again until the drain deadline.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from . import records
+from .channel import Batch, End, check_indices, in_words
+from .errors import RemoteProtocolError
+from .exchange import logger
+from .protocol import GIVER, Do, Event, Local, State
+from .wire import Frame, Type
+
+WINDOW = 3
+"""Batches on their way at a time: one that is being adopted, one in the socket, one that is being packed."""
+
+FIRST_BATCH = 64
+QUICK, SLOW = 0.003, 0.008
+"""Seconds from the export of a batch to its release: below the one the next is twice as large, above the other half."""
+
+BATCH_SIZE = 256 << 10
+"""Bytes of records at which a batch is full, whatever the number of its connections."""
+
+SOONEST, LATEST = 0.005, 0.1
+"""Seconds until who had said "not now" is asked again, the first time and after some times."""
+
+FAILURES = 10
+"""How often the kernel may refuse a batch (ETOOMANYREFS, no memory for a file) before the rest stays here."""
+
+
+class Giver(End):
+    """`left` counts by words (records.WORDS, and "room", "kernel") what has stayed here, and why.
+
+    While `more_to_come` says so the channel stays open, for what an older process may still move here.
+    """
+
+    role = "giver"
+    other = "taker"
+    table = GIVER
+    begins = State.GIVING
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.left: Counter[str] = Counter()
+        self.more_to_come: Callable[[], bool] = lambda: False
+        self._most = FIRST_BATCH
+        self._window = WINDOW
+        self._room = self.channel.room
+        self._failures = 0
+        self._number = 0
+        self._cursor = 0
+        self._reasons: dict[str, int] = {}
+        self._pause = SOONEST
+        self._packed: tuple[bytes, array[int]] = (b"", array("i"))
+        self._refused: list[list[Any]] = []
+        self._release = b""
+        self._pump_soon()
+
+    def leave(self) -> None:
+        """The deadline: what is on its way comes back, unless the other end has it already."""
+        if not self.finished:
+            self.step(Local.LEAVING)
+
+    def flushed(self) -> None:
+        super().flushed()
+        self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        self.loop.call_soon(self.guard, self._pump)
+
+    def _pump(self) -> None:
+        """Sends one batch more, if the window has room; the next one in another turn of the loop."""
+        if self.link.unsent or len(self.batches) >= self._window:
+            return
+        if self._cursor >= 0:
+            self._export()
+        elif not self.batches:
+            self._come_to_an_end()
+
+    def _export(self) -> None:
+        on_their_way = sum(len(batch.descriptors) for batch in self.batches)
+        most = min(self._most, records.MOST_CONNECTIONS, self._room - on_their_way)
+        if most <= 0:
+            if not self.batches:
+                self._give_up("room")
+            return
+        if not _has_byte(self._token):
+            return  # the other end has claimed what is on its way, and says so by hanging up
+        body, descriptors, self._cursor = self.connections.export_connections(
+            self._cursor, most, BATCH_SIZE, self._reasons
+        )
+        if descriptors:
+            self._packed = body, descriptors
+            self.step(Local.BATCH)
+        self._pump_soon()
+
+    def _give_up(self, why: str) -> None:
+        """What has not moved by now stays here."""
+        self._cursor = -1
+        self._reasons.clear()
+        self.left[why] += 1
+        self._pump_soon()
+
+    def _come_to_an_end(self) -> None:
+        busy = self._reasons.pop("busy", 0)
+        self.left.update(self._reasons)
+        self._reasons = {}
+        if busy or self.more_to_come():
+            self.loop.call_later(self._pause, self.guard, self._begin_anew)
+            self._pause = min(2 * self._pause, LATEST)
+        else:
+            self.step(Local.EMPTY)
+
+    def _begin_anew(self) -> None:
+        if self._cursor < 0:
+            self._cursor = 0
+            self._pump()
+
+    def received(self, frame: Frame) -> Event | None:
+        if _has_hung_up(self.link.fileno()):
+            return None  # the other end is gone, and has neither read nor written on what it adopted
+        self._check(frame)
+        self._refused = frame.body["refused"]
+        self._room = frame.body["room"]
+        return frame.type
+
+    def _check(self, frame: Frame) -> None:
+        if not self.batches or frame.body["batch"] != self.batches[0].number:
+            raise RemoteProtocolError(f"batch {frame.body['batch']} was adopted, which is not the next one")
+        if not check_indices([index for index, _ in frame.body["refused"]], self.batches[0]):
+            raise RemoteProtocolError("a connection was refused that is not in the batch, or twice")
+
+    def message(self, kind: Type) -> None:
+        if kind is Type.CONNECTIONS:
+            self._send_batch(*self._packed)
+        elif kind is Type.RELEASED:
+            self.link.send(kind, self._release)
+            self._pump_soon()
+        elif kind is Type.FINISHED:
+            self.link.send(kind, {"left": dict(self.left)})
+
+    def _send_batch(self, body: bytes, descriptors: array[int]) -> None:
+        began = time.monotonic()
+        prefix = records.BATCH.pack(self._number, int(began * 1e9), len(descriptors), len(body))
+        try:
+            if len(body) > records.LARGEST_INLINE:
+                file = records.seal("takeover-connections", body)
+                self.link.send(Type.CONNECTIONS, prefix, [*descriptors, file], given=[file])
+            else:
+                self.link.send(Type.CONNECTIONS, prefix + body, descriptors)
+        except OSError as error:
+            self._refused_by_kernel(descriptors, error)
+            return
+        if not self.batches:
+            self._silent = 0
+        self.batches.append(Batch(self._number, descriptors, began))
+        self._number += 1
+
+    def _refused_by_kernel(self, descriptors: array[int], error: OSError) -> None:
+        """What is in flight counts against the user's RLIMIT_NOFILE (unix(7)): less at a time, and later."""
+        self._failures += 1
+        self.connections.put_back_connections(descriptors, False)
+        self._most, self._window = max(1, len(descriptors) // 4), 1
+        if self._failures > FAILURES:
+            logger.warning("sendmsg of %d connections: %s; the rest is drained", len(descriptors), error.strerror)
+            self._give_up("kernel")
+        else:
+            self._cursor = -1
+            self.loop.call_later(self._pause, self.guard, self._begin_anew)
+            self._pause = min(2 * self._pause, LATEST)
+
+    def perform(self, action: Do) -> Event | None:
+        if action is Do.RECLAIM:
+            return self.take_token()
+        if action is Do.RELINQUISH:
+            self._relinquish()
+            return None
+        for batch in self.batches:
+            if action is Do.PUT_BACK:
+                self.connections.put_back_connections(batch.descriptors, False)
+            else:
+                self.connections.drop_connections(batch.descriptors, ())
+                self.account.moved_out += len(batch.descriptors)
+        self.batches.clear()
+        return None
+
+    def _relinquish(self) -> None:
+        batch = self.batches.popleft()
+        skip = frozenset(index for index, _ in self._refused)
+        kept, tails = self.connections.relinquish_connections(batch.descriptors, skip)
+        self._release = records.pack_release(batch.number, kept, tails)
+        self.account.moved_out += len(batch.descriptors) - len(skip) - len(kept)
+        why = Counter(word for _, word in self._refused)
+        self.left.update(why)
+        self.account.refused.update(why)
+        if kept:
+            self.left["closing"] += len(kept)
+        took = time.monotonic() - batch.began
+        if took < QUICK:
+            self._most = min(2 * self._most, records.MOST_CONNECTIONS)
+        elif took > SLOW:
+            self._most = max(self._most // 2, 1)
+
+    def changed(self, before: State) -> None:
+        super().changed(before)
+        if self.finished:
+            self.account.drained.update(self.left)
+            self.account.changed()
+            logger.info(
+                "moved %s connections to pid %d in %.0f ms%s",
+                f"{self.account.moved_out:,}",
+                self.channel.pid,
+                (time.monotonic() - self.started) * 1000,
+                f"; the rest drains ({in_words(self.left)})" if self.left else "",
+            )
+
+
+def _has_byte(token: int) -> bool:
+    """Whether nobody has read the token yet."""
+    poll = select.poll()
+    poll.register(token, select.POLLIN)
+    return any(events & select.POLLIN for _, events in poll.poll(0))
+
+
+def _has_hung_up(sock: int) -> bool:
+    """Whether nobody holds the other end any more."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
