@@ -335,6 +335,8 @@ class Explorer:
                 event = "GOT_NOTHING"
             links = (*world.links[:index], taken, *world.links[index + 1 :])
             yield f"{text}: {event}", _event(world._replace(links=links), index, role, event)
+        elif action == "OPEN_CHANNEL":
+            yield text, self._send(world, index, role, "TAKE")
         elif action == "CLOSE":
             yield text, _side(world, index, role, side._replace(closed=True, inbox=()))
         else:
