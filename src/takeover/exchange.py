@@ -37,8 +37,8 @@ def read_token(token: int) -> bytes:
 class Exchange:
     """One Machine on one Link. Everything here runs in the control thread.
 
-    `frame` is the message that is being acted on. `boundary` is a seam for tests, which die or stop at it: it is called with the role and the step before and after
-    each action and at each message that arrives.
+    `frame` is the message that is being acted on. `boundary` is a seam for tests, which die or stop at it: it is called
+    with the role and the step before and after each action and at each message that arrives.
     """
 
     role: ClassVar[str]
@@ -79,6 +79,11 @@ class Exchange:
     def needs_ticks(self) -> bool:
         """Whether time means anything in the present state."""
         return self.machine.state not in IDLE
+
+    @property
+    def loss(self) -> Event:
+        """The event that a lost link is in the present state."""
+        return Local.LOST
 
     def owned(self) -> list[int]:
         """The descriptors that the role owns besides its link, for a forked child to close."""
@@ -128,8 +133,8 @@ class Exchange:
             self._since = now
             self._elapsed = self._silent = 0
             self.changed(before)
-        if self.link.lost and self.state is not before and self.machine.accepts(Local.LOST):
-            self._events.append(Local.LOST)
+        if self.link.lost and self.state is not before and self.machine.accepts(self.loss):
+            self._events.append(self.loss)
 
     def _act(self, action: Action) -> None:
         self._at_boundary("before", action.name)
@@ -177,8 +182,8 @@ class Exchange:
         self._lose()
 
     def _lose(self) -> None:
-        if self.link.lost and self.machine.accepts(Local.LOST):
-            self.step(Local.LOST)
+        if self.link.lost and self.machine.accepts(self.loss):
+            self.step(self.loss)
 
     def _frame(self, frame: Frame) -> None:
         self._silent = 0
