@@ -1,4 +1,4 @@
-"""Walks every interleaving of the two ends of a channel, with trouble put in at every step; explorer.py's little sister.
+"""Walks every interleaving of the two ends of a channel, with trouble at every step; explorer.py's little sister.
 
 A world is the two ends, the token and the connections, as plain tuples that can be hashed. Time does not pass in it:
 whatever may happen next is tried, and each of the worlds that come of it is walked from once.
@@ -19,8 +19,17 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, combinations
 from typing import NamedTuple
 
-from explorer import FINAL_NAMES, OutOfTurn, Rows, Walk, by_name, trace_to, without_collecting, world_on_a_circle
-from explorer import Violation as Violation
+from explorer import (
+    FINAL_NAMES,
+    OutOfTurn,
+    Rows,
+    Violation,
+    Walk,
+    by_name,
+    trace_to,
+    without_collecting,
+    world_on_a_circle,
+)
 from takeover.protocol import GIVER, TAKER, Table
 
 Message = tuple[str, int, tuple[int, ...]]
@@ -178,9 +187,8 @@ class Explorer:
             else:
                 batch = self.rules.batches[world.next_batch]
                 yield f"BATCH {world.next_batch}", _copies(world, batch, giver="h")
-        elif end.state == "GIVING" and not (left or end.batches or end.staying):
-            yield "EMPTY", world
-        elif end.state == "OUTRUN" and not (end.batches or end.inbox or end.lost):
+        nothing_left = not (end.batches or end.inbox or end.lost)
+        if nothing_left and (end.state == "OUTRUN" or (end.state == "GIVING" and not (left or end.staying))):
             yield "EMPTY", world
 
     def _loss(self, which: int, end: End) -> str:
@@ -247,10 +255,10 @@ class Explorer:
         elif action == "FINISHED":
             yield text, _send(world, GIVER_END, ("FINISHED", -1, ()))
         elif action == "SERVE_ON":
-            if not end.staying:
+            if not end.staying and end.frame[0] == "DROPPED":
                 raise OutOfTurn("DROPPED came for nothing")
             served = _with(world, GIVER_END, end._replace(staying=end.staying[1:]))
-            yield text, _copies(served, end.staying[0], giver="s", resumed=True)
+            yield text, _copies(served, end.staying[0] if end.staying else (), giver="s", resumed=True)
         else:
             staying = tuple(chain.from_iterable(end.staying))
             batches = tuple(chain.from_iterable(self.rules.batches[number] for number in end.batches))

@@ -58,6 +58,7 @@ EXAMPLES: dict[Type, dict[str, Any]] = {
     Type.TAKE: {"room": 1000, "pid": 1, "generation": 2},
     Type.ADOPTED: {"batch": 0, "room": 1000, "refused": [[3, "version"]]},
     Type.FINISHED: {"left": {"busy": 3}},
+    Type.DROPPED: {"batch": 0},
 }
 BINARY = tuple(kind for kind, schema in SCHEMA.items() if schema.fields is None)
 """Their bodies are not JSON, and any bytes for all that wire.py knows; tests/test_records.py has what is in them."""
@@ -107,6 +108,7 @@ FIELDS: dict[Type, dict[str, st.SearchStrategy[Any]]] = {
     Type.TAKE: {"room": integers, "pid": integers, "generation": integers},
     Type.ADOPTED: {"batch": integers, "room": integers, "refused": st.lists(refusals, max_size=MAX_DESCRIPTORS)},
     Type.FINISHED: {"left": st.dictionaries(words, integers, max_size=64)},
+    Type.DROPPED: {"batch": integers},
 }
 messages: st.SearchStrategy[tuple[Type, Body | bytes]] = st.sampled_from(Type).flatmap(
     lambda kind: st.tuples(

@@ -112,7 +112,7 @@ class Account:
 
 
 class Batch(NamedTuple):
-    """Connections on their way since `began` (CLOCK_MONOTONIC); `skip` are the indices of those that are not any more."""
+    """Connections on their way since `began` (CLOCK_MONOTONIC), but for those with the indices in `skip`."""
 
     number: int
     descriptors: array[int]

@@ -41,8 +41,8 @@ FAILURES = 10
 class Giver(End):
     """`left` counts by words (records.WORDS, and "room", "kernel") what has stayed here, and why.
 
-    While `more_to_come` says so the channel stays open, for what an older process may still move here. What handlers have
-    ended while it stood still is `_staying` until the other end has said that it does not serve it.
+    While `more_to_come` says so the channel stays open, for what an older process may still move here. What handlers
+    have ended while it stood still is `_staying` until the other end has said that it does not serve it.
     """
 
     role = "giver"
@@ -243,7 +243,7 @@ class Giver(End):
             self._most = max(self._most // 2, 1)
 
     def _read_to_the_end(self) -> None:
-        """What the other end had said before it read the token has come; what it adopts after that it says of its own."""
+        """What the other end had said before it read the token has come, and nothing is left for it to say."""
         while self.state is State.OUTRUN and not self.link.lost and self.link.first_byte():
             self.readable()
         if self.state is State.OUTRUN and not self.link.lost and not self.batches:
