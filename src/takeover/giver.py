@@ -62,6 +62,7 @@ class Giver(End):
         self._cursor = 0
         self._reasons: dict[str, int] = {}
         self._pause = SOONEST
+        self._resting = False
         self._packed: tuple[bytes, array[int]] = (b"", array("i"))
         self._refused: list[list[Any]] = []
         self._staying: deque[Batch] = deque()
@@ -91,7 +92,7 @@ class Giver(End):
 
     def _pump(self) -> None:
         """Sends one batch more, if the window has room; the next one in another turn of the loop."""
-        if self.link.unsent or len(self.batches) >= self._window or self.state is not State.GIVING:
+        if self._resting or self.link.unsent or len(self.batches) >= self._window or self.state is not State.GIVING:
             return
         if self._cursor >= 0:
             self._export()
@@ -128,15 +129,20 @@ class Giver(End):
         self.left.update(self._reasons)
         self._reasons = {}
         if busy or self.more_to_come():
-            self.loop.call_later(self._pause, self.guard, self._begin_anew)
-            self._pause = min(2 * self._pause, LATEST)
+            self._rest()
         else:
             self.step(Local.EMPTY)
 
+    def _rest(self) -> None:
+        """For a while no batch is sent, and then what is left is looked through anew."""
+        self._resting = True
+        self.loop.call_later(self._pause, self.guard, self._begin_anew)
+        self._pause = min(2 * self._pause, LATEST)
+
     def _begin_anew(self) -> None:
-        if self._cursor < 0:
-            self._cursor = 0
-            self._pump()
+        self._resting = False
+        self._cursor = 0
+        self._pump()
 
     def received(self, frame: Frame) -> Event | None:
         if frame.type is Type.DROPPED:
@@ -191,9 +197,7 @@ class Giver(End):
             logger.warning("sendmsg of %d connections: %s; the rest is drained", len(descriptors), error.strerror)
             self._give_up("kernel")
         else:
-            self._cursor = -1
-            self.loop.call_later(self._pause, self.guard, self._begin_anew)
-            self._pause = min(2 * self._pause, LATEST)
+            self._rest()
 
     def perform(self, action: Do) -> Event | None:
         if action is Do.RECLAIM:
@@ -202,6 +206,7 @@ class Giver(End):
             self._relinquish()
         elif action is Do.SERVE_ON:
             self._serve_on(self._staying.popleft())
+            self._pump_soon()
         elif action is Do.FORGO:
             self._forgo(self._staying)
         elif action is Do.RELINQUISH_ALL:
