@@ -114,11 +114,11 @@ class Scene:
 
     def connect(self, count: int) -> list[socket.socket]:
         """Clients, all of them served by the giving loop."""
-        before = self.loops[0].connections
         for _ in range(count):
+            wanted = self.loops[0].connections + 1
             self.clients.append(socket.create_connection(self.listeners[0].getsockname()))
             self.clients[-1].settimeout(LIMIT)
-        self.until(lambda: self.loops[0].connections == before + count)
+            self.until(lambda wanted=wanted: self.loops[0].connections == wanted)  # type: ignore[misc]
         return self.clients[-count:]
 
     def giver(self, sock: int, token: int, limits: Limits, room: int = 1000) -> Giver:

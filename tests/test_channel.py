@@ -197,6 +197,32 @@ def test_what_a_handler_has_ended_is_left_to_a_taker_that_has_claimed_it(scene: 
         assert giver.finished and scene.loops[0].connections == 0 and not scene.protocols[0][0].lost
 
 
+class Busy(Tally):
+    refusals = 3
+
+    def export_state(self) -> Any:
+        self.refusals -= 1
+        return records.NOT_NOW if self.refusals >= 0 else super().export_state()
+
+
+def test_who_says_not_now_is_asked_again_also_when_answers_come_together(
+    make: MakeScene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(giver_module, "FIRST_BATCH", 1)
+    scene = make(Busy)
+    scene.connect(4)
+    for protocol in scene.protocols[0][1:]:
+        protocol.refusals = 0
+    giver, stranger = scene.give()
+    heard(scene, stranger, *[Type.CONNECTIONS] * 3)
+    for number in range(3):
+        stranger.adopted(number)
+    heard(scene, stranger, *[Type.RELEASED] * 3, Type.CONNECTIONS)
+    stranger.adopted(3)
+    *_, frame = heard(scene, stranger, Type.RELEASED, Type.FINISHED)
+    assert giver.finished and frame.body["left"] == {} and scene.loops[0].connections == 0
+
+
 # A giver, and a stranger who takes.
 
 
@@ -600,6 +626,7 @@ NONSENSE_FOR_A_TAKER: dict[str, Callable[[Scene, Stranger], object]] = {
     "a release with a tail cut off": lambda scene, stranger: stranger.say(
         Type.RELEASED, records.pack_release(0, [], {0: b"tail"})[:-1]
     ),
+    "the end before the release": lambda scene, stranger: stranger.say(Type.FINISHED, {"left": {}}),
     "what a taker says": lambda scene, stranger: stranger.adopted(0),
     "no frame": lambda scene, stranger: stranger.link.sock.send(b"GET / HTTP/1.1\r\n\r\n"),
 }
@@ -690,7 +717,8 @@ def test_room_is_counted_anew_where_it_is_scarce(scene: Scene, monkeypatch: pyte
     monkeypatch.setattr(taker_module, "EXACT_BELOW", 0)
     offer(scene, stranger, 1, 2)
     assert heard(scene, stranger, Type.ADOPTED)[0].body["room"] == 5
+    for number in range(2):
+        stranger.say(Type.RELEASED, records.pack_release(number, [], {}))
     stranger.say(Type.FINISHED, {"left": {"busy": 2}})
     scene.until(lambda: taker.finished)
     assert taker.left == scene.account[1].drained == {"busy": 2}
-    taker.leave()
