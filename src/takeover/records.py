@@ -98,7 +98,8 @@ class Record(NamedTuple):
 def unpack(records: Buffer, count: int) -> list[Record]:
     """The records of one batch, parts of which lead into the bytes given. Raises RemoteProtocolError."""
     view = memoryview(records).cast("B")
-    found, at = [], 0
+    found: list[Record] = []
+    at = 0
     for _ in range(count):
         if at + RECORD.size > len(view):
             raise RemoteProtocolError(f"{count} connections are announced, and {len(found)} records came")
