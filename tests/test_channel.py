@@ -722,3 +722,49 @@ def test_room_is_counted_anew_where_it_is_scarce(scene: Scene, monkeypatch: pyte
     stranger.say(Type.FINISHED, {"left": {"busy": 2}})
     scene.until(lambda: taker.finished)
     assert taker.left == scene.account[1].drained == {"busy": 2}
+
+
+# The end of a loop.
+
+
+@pytest.mark.parametrize("handler", [Tally, "echo"], ids=["protocol", "native"])
+@pytest.mark.parametrize("then", ["put_back", "drop", "relinquish"])
+def test_a_deadline_waits_for_what_is_on_its_way(make: MakeScene, handler: Any, then: str) -> None:
+    scene = make(handler)
+    scene.connect(3)
+    _, descriptors, _ = scene.loops[0].export_connections(0, 251, 1 << 20, {})
+    assert scene.loops[0].abort_connections() == 3
+    scene.turn(3)
+    assert scene.loops[0].connections == 3, "a descriptor of a batch changes hands with the batch only"
+    if then == "put_back":
+        scene.loops[0].put_back_connections(descriptors, False)
+    elif then == "drop":
+        scene.loops[0].drop_connections(descriptors, ())
+    else:
+        assert scene.loops[0].relinquish_connections(descriptors, ()) == ([0, 1, 2], {})
+        scene.loops[0].put_back_connections(descriptors, True)
+    scene.until(lambda: not scene.loops[0].connections)
+    assert [client.recv(1) for client in scene.clients] == [b""] * 3
+
+
+@pytest.mark.parametrize("handler", [Tally, "echo"], ids=["protocol", "native"])
+def test_a_loop_that_is_closed_lets_go_of_what_is_on_its_way(make: MakeScene, handler: Any) -> None:
+    scene = make(handler)
+    scene.connect(3)
+    _, descriptors, _ = scene.loops[0].export_connections(0, 251, 1 << 20, {})
+    assert len(descriptors) == 3
+    for loop in scene.loops:
+        loop.close()
+        assert loop.connections == 0
+    assert [client.recv(1) for client in scene.clients] == [b""] * 3
+
+
+def test_a_deadline_in_the_middle_of_a_move_ends_on_both_sides(make: MakeScene) -> None:
+    scene = make("echo")
+    scene.connect(3)
+    giver, stranger = scene.give()
+    heard(scene, stranger, Type.CONNECTIONS)
+    scene.loops[0].abort_connections()
+    giver.leave()
+    scene.until(lambda: not scene.loops[0].connections)
+    assert not stranger.claims()
