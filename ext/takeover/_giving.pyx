@@ -141,7 +141,8 @@ cdef Reason export_protocol(Core *core, Connection *connection, Output *output) 
     if state is NOT_NOW:
         return BUSY
     if not isinstance(state, (bytes, bytearray, memoryview)):
-        log.error("export_state of %r returned %s, not bytes; its connection is drained", protocol, type(state).__name__)
+        kind = type(state).__name__
+        log.error("export_state of %r returned %s, not bytes; its connection is drained", protocol, kind)
         return BROKEN
     if connection.flags & (CLOSING | LOST):
         return CLOSED
@@ -164,7 +165,7 @@ cdef Reason export_protocol(Core *core, Connection *connection, Output *output) 
 
 
 cdef tuple export_batch(Core *core, size_t start, int most, size_t size, dict reasons):
-    """The records, the descriptors, and where to go on (-1 at the end of the table); `reasons` counts who stays and why."""
+    """The records, the descriptors, and where to go on (-1 at the end of the table); `reasons` counts who stays."""
     cdef Output output
     cdef int[MOST] descriptors
     cdef size_t[REASONS] tally

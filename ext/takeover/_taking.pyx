@@ -23,7 +23,7 @@ from takeover._reasons cimport (
 from takeover._records cimport (
     R_CLOSING, R_EOF_RECEIVED, R_EOF_WRITTEN, R_FULL, R_HAS_STATE, R_PAUSED, Record, unpack,
 )
-from takeover._transport cimport Transport, forget_connection, make_transport, resume_connection
+from takeover._transport cimport Transport, forget_connection, make_transport
 
 from takeover._schedule import log
 from takeover.errors import RemoteProtocolError

@@ -66,7 +66,7 @@ def export_batch(
 
 def _export(loop: Loop, transport: Transport) -> bytes:
     protocol: Any = transport.get_protocol()
-    native = hasattr(loop.homes[transport.origin].handler, "factory")
+    native = loop.homes[transport.origin].native
     version, state, high, low = 0, b"", *reversed(transport.get_write_buffer_limits())
     if not native:
         version, state = _state_of(transport, protocol)
@@ -184,12 +184,11 @@ def _adopt(loop: Loop, fd: int, record: Record, generation: int) -> None:
 
 
 def _protocol_for(home: Listener, record: Record) -> Any:
-    native = hasattr(home.handler, "factory")
-    if native is bool(record.flags & HAS_STATE):
+    if home.native is bool(record.flags & HAS_STATE):
         raise Stays("handler")
     try:
         protocol: Any = home.factory()
-        if native:
+        if home.native:
             return protocol
         if getattr(protocol, "import_state", None) is None:
             raise Stays("handler")
@@ -199,7 +198,7 @@ def _protocol_for(home: Listener, record: Record) -> Any:
     except (KeyboardInterrupt, SystemExit, Stays):
         raise
     except BaseException:
-        log.exception("import_state in %r raised; the connection goes back", home.handler)
+        log.exception("import_state in %r raised; the connection goes back", home.factory)
         raise Stays("state") from None
     return protocol
 

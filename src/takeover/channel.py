@@ -1,4 +1,4 @@
-"""A channel, along which established connections move from the loop of one process to that of another: what its ends share.
+"""What the two ends of a channel share: established connections move along it from one process's loop to another's.
 
 Each end is a table of protocol.py, driven on the thread of the loop whose connections it moves: between two callbacks
 of a loop every connection is at rest, and nobody has to wait for anybody.
@@ -111,7 +111,7 @@ class Account:
 
 
 class Batch(NamedTuple):
-    """Connections on their way since `began` (CLOCK_MONOTONIC); `skip` are the indices of those that are not any more."""
+    """Connections on their way since `began` (CLOCK_MONOTONIC); `skip` are the indices of those not taken along."""
 
     number: int
     descriptors: array[int]

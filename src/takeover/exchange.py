@@ -35,10 +35,10 @@ def read_token(token: int) -> bytes:
 
 
 class Exchange:
-    """One Machine on one Link. Everything here runs in the control thread.
+    """One Machine on one Link. Everything here runs in one thread.
 
-    `frame` is the message that is being acted on. `boundary` is a seam for tests, which die or stop at it: it is called with the role and the step before and after
-    each action and at each message that arrives.
+    `frame` is the message that is being acted on. `boundary` is a seam for tests, which die or stop at it: it is called
+    with the role and the step before and after each action and at each message that arrives.
     """
 
     role: ClassVar[str]

@@ -138,7 +138,8 @@ class Incumbent(Exchange):
             raise RemoteProtocolError(f"a channel of {len(descriptors)} descriptors came, it has a socket and a token")
         expect(descriptors[0], kind="socket", family=socket.AF_UNIX, type=socket.SOCK_STREAM, listening=False)
         expect(descriptors[1], kind="fifo")
-        channel = Channel(*descriptors, wish["pid"], wish["generation"], room=wish["room"])
+        sock, token = descriptors
+        channel = Channel(sock, token, wish["pid"], wish["generation"], room=wish["room"])
         del descriptors[:]
         self.owner.server.give_connections(channel, self.limits)
 

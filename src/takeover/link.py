@@ -25,7 +25,7 @@ class Link:
 
     `lost` turns true at end-of-file, at a reset, and when the peer's process is found dead with nothing left to read.
     Descriptors that are sent stay the caller's, who keeps them open until the frame was answered; those that are
-    `given` with it are the link's, and closed as soon as they have gone. `peer` need not be told where the kernel knows.
+    `given` with it are the link's, and closed as soon as they have gone. `peer`: where the kernel is not to be asked.
     """
 
     def __init__(self, sock: socket.socket, peer: Peer | None = None) -> None:

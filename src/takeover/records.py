@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import fcntl
+import itertools
 import mmap
 import os
 import socket
@@ -97,7 +98,8 @@ class Record(NamedTuple):
 def unpack(records: Buffer, count: int) -> list[Record]:
     """The records of one batch, parts of which lead into the bytes given. Raises RemoteProtocolError."""
     view = memoryview(records).cast("B")
-    found, at = [], 0
+    found: list[Record] = []
+    at = 0
     for _ in range(count):
         if at + RECORD.size > len(view):
             raise RemoteProtocolError(f"{count} connections are announced, and {len(found)} records came")
@@ -107,7 +109,7 @@ def unpack(records: Buffer, count: int) -> list[Record]:
             ends.append(ends[-1] + part)
         if ends[-1] != at + size or ends[-1] > len(view):
             raise RemoteProtocolError("the record of a connection is not as long as its parts")
-        parts = [view[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+        parts = [view[begin:end] for begin, end in itertools.pairwise(ends)]
         name = bytes(view[at + RECORD.size : ends[0]])
         found.append(Record(listener, flags, times, name, version, high, low, *parts))
         at += size

@@ -78,7 +78,7 @@ class Taker(End):
         self.account.refused.update(word for _, word in self._refused)
 
     def _open(self, frame: Frame) -> tuple[int, float, memoryview, array[int]]:
-        """Number, time, records and descriptors of a batch; the descriptors are the caller's, and the frame has none."""
+        """Number, time, records and descriptors of a batch; those are the caller's, and the frame has none any more."""
         try:
             number, taken, count, size = records.BATCH.unpack_from(frame.data)
         except struct.error:

@@ -1,9 +1,10 @@
 """Messages to frames and back, without I/O. docs/protocol.md is the specification; this file is its implementation.
 
 A frame is a header of eight bytes (magic, type, number of descriptors, length of the body) and a body of JSON, or of
-bytes for the two messages that carry live connections (records.py knows what is in them). The descriptors ride on the first byte of the header, and a reader takes exactly the header and then exactly the body: so a
-descriptor can never be taken for another frame's, whatever the kernel splits or merges, and none is lost to a read
-that had no room for it. The magic is never 0, since a lone 0 byte is how the original script hands over its listener.
+bytes for the two messages that carry live connections (records.py knows what is in them). The descriptors ride on the
+first byte of the header, and a reader takes exactly the header and then exactly the body: so a descriptor can never be
+taken for another frame's, whatever the kernel splits or merges, and none is lost to a read that had no room for it. The
+magic is never 0, since a lone 0 byte is how the original script hands over its listener.
 
 Everything that arrives is checked here against SCHEMA before anybody acts on it: lengths before memory is spent,
 then types and ranges of every field. Unknown fields are ignored, so that a newer peer may say more. What two readers of
