@@ -57,7 +57,7 @@ def test_status_as_json_has_what_programs_need(room: Room) -> None:
 
 
 def test_status_for_a_person_tells_of_the_takeover_and_of_who_still_drains(room: Room) -> None:
-    start(room, "--probation", "0")
+    start(room, "--probation", "0", "--no-live")
     with room.connect() as sock:
         sock.sendall(b"x")
         assert sock.recv(1) == b"x"

@@ -24,15 +24,32 @@ if TYPE_CHECKING:
     from ._backend import ECHO, Loop, backend
     from .controller import Server
     from .protocol import Limits
+    from .records import NOT_NOW, Moved
     from .server import serve
     from .service import Report, Service, join
 
-__all__ = ["ECHO", "Limits", "Loop", "Report", "Server", "Service", "__version__", "backend", "errors", "join", "serve"]
+__all__ = [
+    "ECHO",
+    "NOT_NOW",
+    "Limits",
+    "Loop",
+    "Moved",
+    "Report",
+    "Server",
+    "Service",
+    "__version__",
+    "backend",
+    "errors",
+    "join",
+    "serve",
+]
 
 _HOMES = {
     "ECHO": "_backend",
     "Limits": "protocol",
     "Loop": "_backend",
+    "Moved": "records",
+    "NOT_NOW": "records",
     "Report": "service",
     "Server": "controller",
     "Service": "service",
