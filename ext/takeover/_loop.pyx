@@ -206,6 +206,7 @@ cdef class Loop:
             connection = self.connection_at(index)
             if connection == NULL or connection.flags & LOST:
                 continue
+            connection.flags &= <unsigned char>~HELD
             if connection.kind == PROTOCOL:
                 (<Transport>connection.state).lose(None)
                 count += 1

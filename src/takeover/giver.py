@@ -105,10 +105,11 @@ class Giver(End):
         self._pump_soon()
 
     def _give_up(self, why: str) -> None:
-        """What has not moved by now stays here."""
+        """What has not moved by now, and is not on its way, stays here."""
         self._cursor = -1
         self._reasons.clear()
-        self.left[why] += 1
+        on_their_way = sum(len(batch.descriptors) for batch in self.batches)
+        self.left[why] += self.connections.connections - on_their_way - self.left.total()
         self._pump_soon()
 
     def _come_to_an_end(self) -> None:

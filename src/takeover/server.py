@@ -156,6 +156,7 @@ class NativeServer(Server):
             self.loop.stop()
 
     def _deadline(self) -> None:
+        self.leave_channels()
         aborted = self.loop.abort_connections()
         logger.warning("drain deadline of %g s: closed %d connections", self.drain_timeout, aborted)
         self.loop.stop()
