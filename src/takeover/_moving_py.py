@@ -113,11 +113,12 @@ def relinquish_batch(loop: Loop, descriptors: array[int], skip: Collection[int])
     kept, tails = [], {}
     for index, fd in enumerate(descriptors):
         transport = loop.transports[fd]
-        if index in skip or transport.stays:
-            if index not in skip:
-                kept.append(index)
+        if index in skip:
             transport.stays = True
             transport.resume()
+            continue
+        if transport.stays:
+            kept.append(index)
             continue
         tail = transport.backlog(transport.exported)
         if tail:

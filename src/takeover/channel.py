@@ -1,4 +1,4 @@
-"""What the two ends of a channel share: established connections move along it from one process's loop to another's.
+"""A channel, along which connections move from the loop of one process to that of another: what its ends share.
 
 Each end is a table of protocol.py, driven on the thread of the loop whose connections it moves: between two callbacks
 of a loop every connection is at rest, and nobody has to wait for anybody.
@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from .control import Peer
+from .errors import LocalError
 from .exchange import Exchange, logger, read_token
 from .link import Link, close_all
 from .protocol import CHANNEL_BYTE, Event, Limits, Local, State
@@ -113,7 +114,7 @@ class Account:
 
 
 class Batch(NamedTuple):
-    """Connections on their way since `began` (CLOCK_MONOTONIC); `skip` are the indices of those not taken along."""
+    """Connections on their way since `began` (CLOCK_MONOTONIC), but for those with the indices in `skip`."""
 
     number: int
     descriptors: array[int]
@@ -156,6 +157,11 @@ class End(Exchange):
         self.link.before_close = self._unwatch
         loop.add_reader(self.link.fileno(), self.guard, self.readable)
 
+    @property
+    def waits(self) -> bool:
+        """Whether something is on its way, so that the other end must not be silent."""
+        return bool(self.batches)
+
     def owned(self) -> list[int]:
         return [self._token]
 
@@ -197,8 +203,9 @@ class End(Exchange):
             return
         try:
             work()
-        except Exception:  # noqa: BLE001 - logged with its traceback, and contained
+        except Exception as error:  # noqa: BLE001 - logged with its traceback, and contained
             logger.exception("the channel to pid %d failed", self.channel.pid)
+            self.error = LocalError(f"the channel to pid {self.channel.pid} failed: {error}")
             self.link.lost = True
             self._lose()
         if not self.finished:
@@ -211,12 +218,12 @@ class End(Exchange):
         elif self._writing and not self.link.unsent:
             self.loop.remove_writer(self.link.fileno())
         self._writing = self.link.unsent
-        if self.batches and self._timer is None:
+        if self.waits and self._timer is None:
             self._timer = self.loop.call_later(self.limits.heartbeat, self._ticked)
 
     def _ticked(self) -> None:
         self._timer = None
-        if self.batches:
+        if self.waits:
             self.guard(self.tick)
         else:
             self._silent = 0

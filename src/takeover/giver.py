@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import time
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +41,8 @@ FAILURES = 10
 class Giver(End):
     """`left` counts by words (records.WORDS, and "room", "kernel") what has stayed here, and why.
 
-    While `more_to_come` says so the channel stays open, for what an older process may still move here.
+    While `more_to_come` says so the channel stays open, for what an older process may still move here. What handlers
+    have ended while it stood still is `_staying` until the other end has said that it does not serve it.
     """
 
     role = "giver"
@@ -63,13 +64,23 @@ class Giver(End):
         self._pause = SOONEST
         self._packed: tuple[bytes, array[int]] = (b"", array("i"))
         self._refused: list[list[Any]] = []
+        self._staying: deque[Batch] = deque()
         self._release = b""
         self._pump_soon()
 
     def leave(self) -> None:
         """The deadline: what is on its way comes back, unless the other end has it already."""
-        if not self.finished:
+        while not self.finished:
             self.step(Local.LEAVING)
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.batches or self._staying)
+
+    @property
+    def loss(self) -> Event:
+        """An end that is not the end of the stream does not tell what the other one has adopted."""
+        return Local.FAIL if self.error is not None and self.state is State.OUTRUN else Local.LOST
 
     def flushed(self) -> None:
         super().flushed()
@@ -80,11 +91,11 @@ class Giver(End):
 
     def _pump(self) -> None:
         """Sends one batch more, if the window has room; the next one in another turn of the loop."""
-        if self.link.unsent or len(self.batches) >= self._window:
+        if self.link.unsent or len(self.batches) >= self._window or self.state is not State.GIVING:
             return
         if self._cursor >= 0:
             self._export()
-        elif not self.batches:
+        elif not self.waits:
             self._come_to_an_end()
 
     def _export(self) -> None:
@@ -95,7 +106,8 @@ class Giver(End):
                 self._give_up("room")
             return
         if not _has_byte(self._token):
-            return  # the other end has claimed what is on its way, and says so by hanging up
+            self.step(Local.BEATEN)
+            return
         body, descriptors, self._cursor = self.connections.export_connections(
             self._cursor, most, BATCH_SIZE, self._reasons
         )
@@ -128,7 +140,11 @@ class Giver(End):
             self._pump()
 
     def received(self, frame: Frame) -> Event | None:
-        if _has_hung_up(self.link.fileno()):
+        if frame.type is Type.DROPPED:
+            if not self._staying or frame.body["batch"] != self._staying[0].number:
+                raise RemoteProtocolError(f"a part of batch {frame.body['batch']} was dropped that was not to stay")
+            return frame.type
+        if _has_hung_up(self.link.fileno()) and _has_byte(self._token):
             return None  # the other end is gone, and has neither read nor written on what it adopted
         self._check(frame)
         self._refused = frame.body["refused"]
@@ -185,15 +201,29 @@ class Giver(End):
             return self.take_token()
         if action is Do.RELINQUISH:
             self._relinquish()
-            return None
-        for batch in self.batches:
-            if action is Do.PUT_BACK:
-                self.connections.put_back_connections(batch.descriptors, False)
-            else:
-                self.connections.drop_connections(batch.descriptors, ())
-                self.account.moved_out += len(batch.descriptors)
-        self.batches.clear()
+        elif action is Do.SERVE_ON:
+            self._serve_on(self._staying.popleft())
+        elif action is Do.FORGO:
+            self._forgo(self._staying)
+        elif action is Do.RELINQUISH_ALL:
+            self._forgo(self._staying)
+            self._forgo(self.batches)
+        elif action is Do.PUT_BACK:
+            while self._staying:
+                self._serve_on(self._staying.popleft())
+            while self.batches:
+                self.connections.put_back_connections(self.batches.popleft().descriptors, False)
         return None
+
+    def _serve_on(self, staying: Batch) -> None:
+        self.connections.put_back_connections(staying.descriptors, True)
+        self.left["closing"] += len(staying.descriptors)
+
+    def _forgo(self, batches: deque[Batch]) -> None:
+        while batches:
+            batch = batches.popleft()
+            self.connections.drop_connections(batch.descriptors, ())
+            self.account.moved_out += len(batch.descriptors)
 
     def _relinquish(self) -> None:
         batch = self.batches.popleft()
@@ -205,15 +235,30 @@ class Giver(End):
         self.left.update(why)
         self.account.refused.update(why)
         if kept:
-            self.left["closing"] += len(kept)
+            staying = array("i", [batch.descriptors[index] for index in kept])
+            self._staying.append(batch._replace(descriptors=staying))
         took = time.monotonic() - batch.began
         if took < QUICK:
             self._most = min(2 * self._most, records.MOST_CONNECTIONS)
         elif took > SLOW:
             self._most = max(self._most // 2, 1)
 
+    def _read_to_the_end(self) -> None:
+        """What the other end had said before it read the token has come, and nothing is left for it to say."""
+        while self.state is State.OUTRUN and not self.link.lost and self.link.first_byte():
+            self.readable()
+        if self.state is State.OUTRUN and not self.link.lost and not self.batches:
+            self.step(Local.EMPTY)
+
+    def readable(self) -> None:
+        super().readable()
+        if self.state is State.OUTRUN and not self.batches:
+            self.loop.call_soon(self.guard, self._read_to_the_end)
+
     def changed(self, before: State) -> None:
         super().changed(before)
+        if self.state is State.OUTRUN:
+            self.loop.call_soon(self.guard, self._read_to_the_end)
         if self.finished:
             self.account.drained.update(self.left)
             self.account.changed()
