@@ -11,6 +11,7 @@ import selectors
 import socket
 import threading
 import time
+import zlib
 from collections import deque
 from typing import Any
 
@@ -39,7 +40,7 @@ class Stream:
         self.sock.connect(address)
         self.name = self.sock.getsockname()
         self.sock.setblocking(False)
-        self.back = 0
+        self.back = self.checksum = 0
         self.failure = ""
         self.detail = ""
         self.trailer = b""
@@ -129,6 +130,7 @@ class Stream:
                 self._due[0] = expected[part:]
             self._due_size -= part
             self.back += part
+            self.checksum = zlib.crc32(expected[:part], self.checksum)
 
     def _explain(self, data: bytes) -> None:
         """Whether what has come is due later, so that something was lost in between, or is just wrong."""

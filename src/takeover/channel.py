@@ -24,6 +24,8 @@ from .protocol import CHANNEL_BYTE, Event, Limits, Local, State
 class Connections(Protocol):
     """What moves: the loop's methods of the same names, or those of a server on another loop."""
 
+    @property
+    def connections(self) -> int: ...
     def export_connections(
         self, start: int, most: int, size: int, reasons: dict[str, int]
     ) -> tuple[bytes, array[int], int]: ...

@@ -91,6 +91,7 @@ class Movable(Base):
         self.transport.abort()
 
     def write_eof_in_flight(self) -> None:
+        self.kept["mute"] = True
         self.transport.write_eof()
 
     def writes_and_closes_in_flight(self) -> None:
@@ -144,13 +145,21 @@ class Lines(Movable if not WISHES.get("unmovable") else Base):  # type: ignore[m
             self.line(line)
 
     def eof_received(self) -> bool:
-        self.transport.write(b'{"eof": %d}\n' % os.getpid())
+        if "mute" in self.kept:
+            print("end of file", flush=True)
+        else:
+            self.transport.write(b'{"eof": %d}\n' % os.getpid())
         return "stay" in self.kept
 
     def line(self, line: str) -> None:
         command, _, argument = line.partition(" ")
+        if "mute" in self.kept:
+            print(f"line {line}", flush=True)
+            return
         if command == "poison":
             self.kept["poison"] = argument
+            if argument == "version":
+                self.state_version = "one"
         elif command == "stay":
             self.kept["stay"] = True
         elif command == "big":
@@ -163,6 +172,7 @@ class Lines(Movable if not WISHES.get("unmovable") else Base):  # type: ignore[m
         if command == "close":
             self.transport.close()
         elif command == "write_eof":
+            self.kept["mute"] = True
             self.transport.write_eof()
 
     def answer(self, line: str) -> None:
@@ -183,7 +193,8 @@ class Lines(Movable if not WISHES.get("unmovable") else Base):  # type: ignore[m
 
     def tick(self) -> None:
         self.kept["ticks"] = self.kept.get("ticks", 0) + 1
-        self.transport.write(b'{"tick": %d}\n' % self.kept["ticks"])
+        if "mute" not in self.kept:
+            self.transport.write(b'{"tick": %d, "pid": %d}\n' % (self.kept["ticks"], os.getpid()))
 
 
 def tick() -> None:
