@@ -184,6 +184,18 @@ def test_one_whose_state_cannot_be_moved_stays_and_is_served_where_it_is(room: R
     assert said in (new if poison == "refuse" else old).text
 
 
+def test_a_program_that_is_ended_by_an_export_ends(room: Room) -> None:
+    old = serving(room)
+    talkers = [room.talker() for _ in range(3)]
+    for talker in talkers:
+        talker.say()
+    talkers[1].say("poison exit")
+    new = room.protocols()
+    room.wait_for_owner(new)
+    assert old.wait() == 7
+    new.wait_for("took over")
+
+
 def test_one_that_was_refused_is_offered_to_the_process_after_the_next_again(room: Room) -> None:
     room.tracebacks_allowed = True
     old = serving(room)

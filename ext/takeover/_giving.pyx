@@ -195,6 +195,9 @@ cdef tuple export_batch(Core *core, size_t start, int most, size_t size, dict re
         end = start >= SLAB * core.slab_count
         found = descriptor_array(descriptors, count)
         return PyBytes_FromStringAndSize(output.data, output.size), found, -1 if end else start
+    except BaseException:
+        put_back_batch(core, descriptor_array(descriptors, count), False)
+        raise
     finally:
         free(output.data)
 

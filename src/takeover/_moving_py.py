@@ -59,6 +59,9 @@ def export_batch(
             reasons[why] = reasons.get(why, 0) + 1
             transport.stays = why != "busy"
             continue
+        except BaseException:
+            put_back_batch(loop, descriptors, False)
+            raise
         total += len(records[-1])
         transport.hold()
         descriptors.append(fd)

@@ -69,6 +69,8 @@ class Movable(Base):
         state = json.dumps(self.kept).encode()
         if poison == "raise":
             raise ValueError("the state cannot be exported")
+        if poison == "exit":
+            raise SystemExit(7)
         if poison == "wrong":
             return "not bytes"
         if poison == "busy":

@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import socket
+import threading
 from typing import Any
 
 import takeover
@@ -13,13 +14,18 @@ from takeover.exchange import Exchange
 
 
 def report_boundaries(name: str) -> None:
-    """Tells each boundary to the test that listens at the abstract name, and waits there for its answer."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.connect(f"\0{name}")
+    """Tells each boundary to the test that listens at the abstract name, and waits there for its answer.
+
+    The exchanges of a process have two threads, and each has a connection of its own to the test.
+    """
+    own = threading.local()
 
     def boundary(step: str) -> None:
-        sock.send(step.encode())
-        sock.recv(1)
+        if not hasattr(own, "sock"):
+            own.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            own.sock.connect(f"\0{name}")
+        own.sock.send(step.encode())
+        own.sock.recv(1)
 
     Exchange.boundary = boundary
 
