@@ -72,6 +72,7 @@ class Giver(End):
         """The deadline: what is on its way comes back, unless the other end has it already."""
         if not self.finished:
             self.step(Local.LEAVING)
+        self.link.close()
 
     def flushed(self) -> None:
         super().flushed()
