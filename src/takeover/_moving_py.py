@@ -23,6 +23,7 @@ from .records import (
     reads_version,
     unpack,
     unpack_peer,
+    version_of,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ def export_batch(
             reasons[why] = reasons.get(why, 0) + 1
             transport.stays = why != "busy"
             continue
+        except BaseException:
+            put_back_batch(loop, descriptors, False)
+            raise
         total += len(records[-1])
         transport.hold()
         descriptors.append(fd)
@@ -90,11 +94,12 @@ def _state_of(transport: Transport, protocol: Any) -> tuple[int, bytes]:
     if export is None or getattr(protocol, "import_state", None) is None:
         raise Stays("unmovable")
     try:
+        version = version_of(protocol)
         state = export()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:
-        log.exception("export_state of %r raised; its connection is drained", protocol)
+        log.exception("the state of %r cannot be exported; its connection is drained", protocol)
         raise Stays("state") from None
     if state is NOT_NOW:
         raise Stays("busy")
@@ -105,7 +110,7 @@ def _state_of(transport: Transport, protocol: Any) -> tuple[int, bytes]:
         raise Stays("state")
     if transport.is_closing():
         raise Stays("closing")
-    return getattr(protocol, "state_version", 0), bytes(state)
+    return version, bytes(state)
 
 
 def relinquish_batch(loop: Loop, descriptors: array[int], skip: Collection[int]) -> tuple[list[int], dict[int, bytes]]:

@@ -6,6 +6,7 @@ of a loop every connection is at rest, and nobody has to wait for anybody.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import socket
@@ -126,7 +127,7 @@ class End(Exchange):
     """What both ends share: the loop's watch on the socket, the clock, the token. Owns both descriptors of the channel.
 
     `loop` has add_reader(), add_writer(), call_soon() and call_later(), as asyncio's loops have. `ended` is called
-    once, when nothing more will happen.
+    when it has finished, and again where it is over only later.
     """
 
     begins: ClassVar[State]
@@ -165,15 +166,36 @@ class End(Exchange):
     def owned(self) -> list[int]:
         return [self._token]
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing will happen any more: it is finished, and what was to be said has gone out."""
+        return self.finished and self.link.fileno() < 0
+
     def leave(self) -> None:
         """The loop ends: what is on its way is the other end's, who finds that nobody has claimed it."""
+        self.link.close()
         if self.finished:
             return
-        self.link.close()
         close_all([self._token])
         for batch in self.batches:
             self.connections.drop_connections(batch.descriptors, batch.skip)
         self.batches.clear()
+
+    def hang_up(self) -> None:
+        """Closes the socket once what is queued has gone: a release in it is all that tells the other end what it owns."""
+        self.link.withdraw()
+        if self.link.unsent and not self.link.lost:
+            self.loop.remove_reader(self.link.fileno())
+            self.loop.add_writer(self.link.fileno(), self._linger)
+        else:
+            self.link.close()
+
+    def _linger(self) -> None:
+        with contextlib.suppress(OSError):
+            self.link.flush()
+        if not self.link.unsent:
+            self.link.close()
+            self.loop.call_soon(self._ended)
 
     def close_after_fork(self) -> None:
         """In a forked child: closes the descriptors, and does not touch the loop, whose epoll set is the parent's."""

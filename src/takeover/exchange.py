@@ -105,6 +105,10 @@ class Exchange:
     def changed(self, before: State) -> None:
         """Called after each change of state."""
 
+    def hang_up(self) -> None:
+        """Closes the link."""
+        self.link.close()
+
     def step(self, event: Event) -> None:
         """Feeds one event, and those that its actions bring about, in order."""
         self._events.append(event)
@@ -142,7 +146,7 @@ class Exchange:
             if isinstance(action, Type):
                 self.message(action)
             elif action is Do.CLOSE:
-                self.link.close()
+                self.hang_up()
             else:
                 event = self.perform(action)
                 if event is not None:

@@ -62,6 +62,8 @@ class Giver(End):
         self._cursor = 0
         self._reasons: dict[str, int] = {}
         self._pause = SOONEST
+        self._resting = False
+        self._busy = 0
         self._packed: tuple[bytes, array[int]] = (b"", array("i"))
         self._refused: list[list[Any]] = []
         self._staying: deque[Batch] = deque()
@@ -72,6 +74,7 @@ class Giver(End):
         """The deadline: what is on its way comes back, unless the other end has it already."""
         while not self.finished:
             self.step(Local.LEAVING)
+        self.link.close()
 
     @property
     def waits(self) -> bool:
@@ -91,7 +94,7 @@ class Giver(End):
 
     def _pump(self) -> None:
         """Sends one batch more, if the window has room; the next one in another turn of the loop."""
-        if self.link.unsent or len(self.batches) >= self._window or self.state is not State.GIVING:
+        if self._resting or self.link.unsent or self.state is not State.GIVING or len(self.batches) >= self._window:
             return
         if self._cursor >= 0:
             self._export()
@@ -99,8 +102,7 @@ class Giver(End):
             self._come_to_an_end()
 
     def _export(self) -> None:
-        on_their_way = sum(len(batch.descriptors) for batch in self.batches)
-        most = min(self._most, records.MOST_CONNECTIONS, self._room - on_their_way)
+        most = min(self._most, records.MOST_CONNECTIONS, self._room - self._on_their_way())
         if most <= 0:
             if not self.batches:
                 self._give_up("room")
@@ -119,25 +121,38 @@ class Giver(End):
     def _give_up(self, why: str) -> None:
         """What has not moved by now, and is not on its way, stays here."""
         self._cursor = -1
-        self._reasons.clear()
-        on_their_way = sum(len(batch.descriptors) for batch in self.batches)
-        self.left[why] += self.connections.connections - on_their_way - self.left.total()
+        self._count_left()
+        self._busy = 0
+        self.left[why] += max(0, self.connections.connections - self._on_their_way() - self.left.total())
         self._pump_soon()
 
-    def _come_to_an_end(self) -> None:
-        busy = self._reasons.pop("busy", 0)
+    def _count_left(self) -> None:
+        """Who was found to stay counts once and for all; who has said "not now" in this pass may be asked again."""
+        self._busy += self._reasons.pop("busy", 0)
         self.left.update(self._reasons)
-        self._reasons = {}
-        if busy or self.more_to_come():
-            self.loop.call_later(self._pause, self.guard, self._begin_anew)
-            self._pause = min(2 * self._pause, LATEST)
+        self._reasons.clear()
+
+    def _on_their_way(self) -> int:
+        return sum(len(batch.descriptors) for batch in (*self.batches, *self._staying))
+
+    def _come_to_an_end(self) -> None:
+        self._count_left()
+        if self._busy or self.more_to_come():
+            self._rest()
         else:
             self.step(Local.EMPTY)
 
+    def _rest(self) -> None:
+        """Sends nothing for a moment, and asks everybody anew then."""
+        self._resting = True
+        self.loop.call_later(self._pause, self.guard, self._begin_anew)
+        self._pause = min(2 * self._pause, LATEST)
+
     def _begin_anew(self) -> None:
-        if self._cursor < 0:
-            self._cursor = 0
-            self._pump()
+        self._resting = False
+        self._cursor = self._busy = 0
+        self._reasons.pop("busy", None)
+        self._pump()
 
     def received(self, frame: Frame) -> Event | None:
         if frame.type is Type.DROPPED:
@@ -192,9 +207,7 @@ class Giver(End):
             logger.warning("sendmsg of %d connections: %s; the rest is drained", len(descriptors), error.strerror)
             self._give_up("kernel")
         else:
-            self._cursor = -1
-            self.loop.call_later(self._pause, self.guard, self._begin_anew)
-            self._pause = min(2 * self._pause, LATEST)
+            self._rest()
 
     def perform(self, action: Do) -> Event | None:
         if action is Do.RECLAIM:
@@ -260,6 +273,9 @@ class Giver(End):
         if self.state is State.OUTRUN:
             self.loop.call_soon(self.guard, self._read_to_the_end)
         if self.finished:
+            self._count_left()
+            if self._busy:
+                self.left["busy"] += self._busy
             self.account.drained.update(self.left)
             self.account.changed()
             logger.info(

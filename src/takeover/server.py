@@ -150,7 +150,7 @@ class NativeServer(Server):
 
     def _look_whether_done(self) -> None:
         """Stops the loop of a server that ends when nothing is open, and nothing is on its way out."""
-        self.ends = [end for end in self.ends if not end.finished]
+        self.ends = [end for end in self.ends if not end.over]
         giving = any(isinstance(end, Giver) for end in self.ends)
         if self._ending and not self._kept and not giving and not self.loop.connections:
             self.loop.stop()
