@@ -34,6 +34,7 @@ from .processes import (
     start,
 )
 from .restart_rivals import free_port
+from .results import Document
 from .subjects import AGAIN, REFERENCE, takeover_lacks
 
 STATES = (0, 64, 1024)
@@ -104,6 +105,12 @@ CURVE = tuple(mover for mover in MOVERS if mover.name in (REFERENCE, AGAIN, NATI
 CELLS = [Cell(count, talking) for count in (1000, 9000) for talking in (False, True)]
 CELLS += [Cell(count, False, curve=True) for count in (100, 300, 3000, 18000)]
 QUICK_CELLS = [Cell(200, False), Cell(200, True)]
+
+
+def by_number(document: Document) -> list[str]:
+    """The cells with idle clients, in the order of their number."""
+    idle = [cell for cell in document.cells("moves") if cell.endswith(" idle")]
+    return sorted(idle, key=lambda cell: int(cell.split()[0]))
 
 
 @functools.cache
@@ -228,7 +235,10 @@ def _status(control: pathlib.Path) -> dict[str, Any]:
 
 
 def _take_over(mover: Mover, cell: Cell, quiet: float) -> dict[str, float]:
-    """One takeover, and all that was measured of it; the clients are watched for `quiet` seconds before it begins."""
+    """One takeover, and all that was measured of it; the clients have `quiet` seconds before it begins.
+
+    What talking costs cannot be told from what moving costs, so CPU is measured of idle clients only.
+    """
     reconnect = mover.name == DRAINED
     with tempfile.TemporaryDirectory(prefix="takeover-") as name, contextlib.ExitStack() as stack:
         folder, port = pathlib.Path(name), free_port()
@@ -245,10 +255,8 @@ def _take_over(mover: Mover, cell: Cell, quiet: float) -> dict[str, float]:
         old.stamp("serving")
         clients = Clients(folder, port, cell, reconnect=reconnect)
         stack.callback(clients.end)
-        began = time.monotonic_ns()
         time.sleep(quiet)
-        usual = clients.report(began, time.monotonic_ns())
-        old_cpu, client_cpu = cpu_ns(old.pid), cpu_ns(clients.pid)
+        before, old_cpu, client_cpu = time.monotonic_ns(), cpu_ns(old.pid), cpu_ns(clients.pid)
         new = serve(2, LOAD_CPU)
         gone, old_cpu_in_the_end = old.wait_gone(new)
         commit = new.stamp("took over")
@@ -259,29 +267,31 @@ def _take_over(mover: Mover, cell: Cell, quiet: float) -> dict[str, float]:
             given, taken = old.stamp("moved "), new.stamp("moved ")
             done, new_cpu = taken["at"], taken["cpu_ns"]
         client_cpu = cpu_ns(clients.pid) - client_cpu
-        seen = clients.report(commit["at"], done)
+        took = done - commit["at"]
+        usual, seen = clients.report(before - took, before), clients.report(commit["at"], done)
         alive = clients.check()
-        closed = clients.report(commit["at"], done)["closed"]
-        moved = _status(folder / "control")["moved"]
-        if not reconnect and moved["in"] != cell.connections:
-            raise RuntimeError(f"{moved['in']} of {cell.connections} connections moved: {moved}")
-        server_cpu = given["cpu_ns"] - old_cpu + new_cpu - commit["cpu_ns"]
+        in_the_end = clients.report(commit["at"], done)
         measured = {
-            "move_ms": (done - commit["at"]) / 1e6 if reconnect else moved["last_move_ms"],
-            "commit_ms": (done - commit["at"]) / 1e6,
-            "gone_ms": max(0, gone - done) / 1e6,
-            "server_cpu_ms": server_cpu / 1e6,
+            "commit_ms": took / 1e6,
             "exit_cpu_ms": (old_cpu_in_the_end - given["cpu_ns"]) / 1e6,
-            "longest_batch_ms": moved["longest_standstill_ms"],
-            "closed": closed,
-            "lost": cell.connections - alive + seen["wrong"],
+            "closed": in_the_end["closed"],
+            "lost": cell.connections - alive + in_the_end["wrong"],
         }
-        if not cell.talking:
-            measured |= {"client_cpu_ms": client_cpu / 1e6, "cpu_ms": (server_cpu + client_cpu) / 1e6}
-        if cell.talking or reconnect:
-            measured |= {key: seen[key] for key in ("p50_ms", "p99_ms", "worst_ms", "own_stall_ms", "messages")}
+        if reconnect:
+            measured["move_ms"] = measured["commit_ms"]
+        else:
+            moved = _status(folder / "control")["moved"]
+            if moved["in"] != cell.connections:
+                raise RuntimeError(f"{moved['in']} of {cell.connections} connections moved: {moved}")
+            measured |= {"move_ms": moved["last_move_ms"], "longest_batch_ms": moved["longest_standstill_ms"]}
+            measured["gone_ms"] = (gone - done) / 1e6
         if cell.talking:
+            measured |= {key: seen[key] for key in ("p50_ms", "p99_ms", "worst_ms", "own_stall_ms", "messages")}
             measured |= {f"quiet_{key}": usual[key] for key in ("p50_ms", "p99_ms", "worst_ms")}
+        else:
+            server_cpu = given["cpu_ns"] - old_cpu + new_cpu - commit["cpu_ns"]
+            measured |= {"server_cpu_ms": server_cpu / 1e6, "client_cpu_ms": client_cpu / 1e6}
+            measured["cpu_ms"] = (server_cpu + client_cpu) / 1e6
         return measured
 
 

@@ -2,22 +2,23 @@
 
 python -m benchmarks.servers.moving KIND URL CONTROL [STATE]. KIND is native, protocol, asyncio or uvloop; `draining`
 is native, but closes all its connections at once when it is taken over. STATE is how many bytes travel with each
-connection of a protocol class.
+connection of a protocol class. Each kind imports what it needs only: what was imported costs time at the end as well.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import takeover
 from takeover._backend import loop as native
 
-from .echo_protocol import Echo
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Stamps(logging.Handler):
@@ -30,6 +31,7 @@ class Stamps(logging.Handler):
 
 def movable(size: int) -> Callable[[], asyncio.Protocol]:
     """The class that all benchmarks have, with so many bytes of state of its own."""
+    from .echo_protocol import Echo
 
     class Movable(Echo):
         __slots__ = ("state",)
@@ -48,12 +50,15 @@ def movable(size: int) -> Callable[[], asyncio.Protocol]:
     return Movable
 
 
-async def serve_on_asyncio(factory: Callable[[], asyncio.Protocol], url: str, control: str) -> None:
-    """The same on the loop that runs."""
+def serve_on(loop: asyncio.AbstractEventLoop, factory: Callable[[], asyncio.Protocol], url: str, control: str) -> None:
+    """The same on another loop."""
     import takeover.aio
 
-    server = await takeover.aio.create_server(factory, listen=[url], control=control, probation=0)
-    await server.serve_forever()
+    async def serve() -> None:
+        server = await takeover.aio.create_server(factory, listen=[url], control=control, probation=0)
+        await server.serve_forever()
+
+    loop.run_until_complete(serve())
 
 
 def main(kind: str, url: str, control: str, size: int = 0) -> None:
@@ -64,17 +69,20 @@ def main(kind: str, url: str, control: str, size: int = 0) -> None:
     logger.propagate = False
     if kind == "draining":
         takeover.serve(native.ECHO, [url], control, probation=0, live=False, drain_timeout=0)
-    elif kind in ("native", "protocol"):
-        handler = native.ECHO if kind == "native" else movable(size)
-        takeover.serve(handler, [url], control, probation=0)
-    else:
-        if kind == "uvloop":
-            import uvloop
+    elif kind == "native":
+        takeover.serve(native.ECHO, [url], control, probation=0)
+    elif kind == "protocol":
+        takeover.serve(movable(size), [url], control, probation=0)
+    elif kind == "asyncio":
+        import asyncio
 
-            loop = uvloop.new_event_loop()
-        else:
-            loop = asyncio.new_event_loop()
-        loop.run_until_complete(serve_on_asyncio(movable(size), url, control))
+        serve_on(asyncio.new_event_loop(), movable(size), url, control)
+    elif kind == "uvloop":
+        import uvloop
+
+        serve_on(uvloop.new_event_loop(), movable(size), url, control)
+    else:
+        sys.exit(f"no such kind: {kind}")
 
 
 if __name__ == "__main__":
