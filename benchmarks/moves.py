@@ -40,8 +40,8 @@ from .subjects import AGAIN, REFERENCE, takeover_lacks
 STATES = (0, 64, 1024)
 RATE = 20_000
 """Messages a second of all talkers together: a fifth of a CPU, so that both processes still have one for the move."""
-LIMIT = 30.0
-"""Seconds for anything to happen."""
+LIMIT = 20.0
+"""Seconds for anything to happen; less than a server drains."""
 DRAINED = "drain and reconnect"
 NATIVE_CYTHON = "takeover native, cython"
 
@@ -170,7 +170,7 @@ class Generation(Lines):
     def wait_gone(self, successor: Generation) -> tuple[int, int]:
         """When it has ended (CLOCK_MONOTONIC, ns), and the CPU time that it had used by then.
 
-        Raises RuntimeError if it fails, if its successor ends instead, or if neither does.
+        Raises RuntimeError if it fails, or if its successor ends instead; TimeoutError if neither does.
         """
         poll = select.poll()
         with contextlib.ExitStack() as stack:
@@ -183,7 +183,7 @@ class Generation(Lines):
         if theirs in ended:
             raise RuntimeError(f"the successor ended, {successor.complaint()}")
         if not ended:
-            raise RuntimeError(f"the old process is still there after {LIMIT:g} s")
+            raise TimeoutError(f"the old process is still there after {LIMIT:g} s")
         _, status, usage = os.wait4(self.pid, 0)
         self.process.returncode = os.waitstatus_to_exitcode(status)
         if self.process.returncode:
@@ -258,7 +258,10 @@ def _take_over(mover: Mover, cell: Cell, quiet: float) -> dict[str, float]:
         time.sleep(quiet)
         before, old_cpu, client_cpu = time.monotonic_ns(), cpu_ns(old.pid), cpu_ns(clients.pid)
         new = serve(2, LOAD_CPU)
-        gone, old_cpu_in_the_end = old.wait_gone(new)
+        try:
+            gone, old_cpu_in_the_end = old.wait_gone(new)
+        except TimeoutError as error:
+            raise RuntimeError(f"{error}; so far {_status(folder / 'control')['moved']}") from None
         commit = new.stamp("took over")
         if reconnect:
             given, done = old.stamp("drain deadline"), clients.wait("back")
