@@ -86,7 +86,8 @@ def room_for_connections() -> int:
 class Account:
     """What has moved, and why the rest has not: a part of what `takeover status` shows. Bytes, milliseconds.
 
-    `observer`, if any, is called when it has changed; `expected` is how many connections are to come.
+    `observer`, if any, is called when it has changed; `expected` is how many connections are to come; `last_move` is
+    what the last channel took in this process, from its opening to its end.
     """
 
     def __init__(self) -> None:
@@ -94,6 +95,7 @@ class Account:
         self.moved_out = 0
         self.state_bytes = 0
         self.longest_standstill = 0.0
+        self.last_move = 0.0
         self.expected = 0
         self.refused: Counter[str] = Counter()
         self.drained: Counter[str] = Counter()
@@ -111,6 +113,7 @@ class Account:
             "drained": dict(self.drained),
             "state_bytes": self.state_bytes,
             "longest_standstill_ms": round(self.longest_standstill, 3),
+            "last_move_ms": round(self.last_move, 3),
         }
 
 

@@ -137,6 +137,7 @@ class Taker(End):
     def changed(self, before: State) -> None:
         super().changed(before)
         if self.finished:
+            self.account.last_move = (time.monotonic() - self.started) * 1000
             self.account.expected -= self.channel.expected - self.moved
             self.account.drained.update(self.left)
             self.account.changed()
@@ -149,6 +150,6 @@ class Taker(End):
             f"{self.moved:,}",
             self.channel.pid,
             self.channel.generation,
-            (time.monotonic() - self.started) * 1000,
+            self.account.last_move,
             f"; the rest drains there ({in_words(self.left)})" if self.left else "",
         )
