@@ -287,7 +287,7 @@ def _take_over(mover: Mover, cell: Cell, quiet: float) -> dict[str, float]:
             if moved["in"] != cell.connections:
                 raise RuntimeError(f"{moved['in']} of {cell.connections} connections moved: {moved}")
             measured |= {"move_ms": moved["last_move_ms"], "longest_batch_ms": moved["longest_standstill_ms"]}
-            measured["gone_ms"] = (gone - done) / 1e6
+            measured["gone_ms"] = max(0, gone - done) / 1e6
         if cell.talking:
             measured |= {key: seen[key] for key in ("p50_ms", "p99_ms", "worst_ms", "own_stall_ms", "messages")}
             measured |= {f"quiet_{key}": usual[key] for key in ("p50_ms", "p99_ms", "worst_ms")}
