@@ -74,13 +74,13 @@ def open_channel() -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def room_for_connections() -> int:
-    """How many connections this process may take in: the eighth part of its RLIMIT_NOFILE stays free for new ones."""
+    """How many connections this process may take in: a sixteenth of its RLIMIT_NOFILE stays free for new ones."""
     limit = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     try:
         held = len(os.listdir("/proc/self/fd"))
     except OSError:
         held = 64
-    return max(0, limit - held - max(32, limit // 8))
+    return max(0, limit - held - max(32, limit // 16))
 
 
 class Account:

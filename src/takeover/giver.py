@@ -25,8 +25,12 @@ WINDOW = 3
 """Batches on their way at a time: one that is being adopted, one in the socket, one that is being packed."""
 
 FIRST_BATCH = 64
+SMALL_BATCH = 32
 QUICK, SLOW = 0.003, 0.008
 """Seconds from the export of a batch to its release: below the one the next is twice as large, above the other half."""
+
+TOO_SLOW = 0.1
+"""Seconds above which even a small batch is halved: only handlers take so long, all else is a machine that is busy."""
 
 BATCH_SIZE = 256 << 10
 """Bytes of records at which a batch is full, whatever the number of its connections."""
@@ -253,7 +257,7 @@ class Giver(End):
         took = time.monotonic() - batch.began
         if took < QUICK:
             self._most = min(2 * self._most, records.MOST_CONNECTIONS)
-        elif took > SLOW:
+        elif took > (SLOW if self._most > SMALL_BATCH else TOO_SLOW):
             self._most = max(self._most // 2, 1)
 
     def _read_to_the_end(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from . import listeners
 from .control import ControlPath, Identity, identity
 from .controller import Controller, Held, Server, Settings
+from .descriptors import grow_table
 from .errors import (
     AddressError,
     ControlPathError,
@@ -68,6 +69,8 @@ class Service:
         self._backlogs: dict[str, int] = {}
         self._is_ready = False
         self._lock = -1
+        if server.live:
+            grow_table()
         self._controller = Controller(control, server, settings)
         self._controller.start()
         try:
