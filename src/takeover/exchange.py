@@ -100,6 +100,9 @@ class Exchange:
     def changed(self, before: State) -> None:
         """Called after each change of state."""
 
+    def closed(self) -> None:
+        """Called when a step has closed the link."""
+
     def step(self, event: Event) -> None:
         """Feeds one event, and those that its actions bring about, in order."""
         self._events.append(event)
@@ -138,6 +141,7 @@ class Exchange:
                 self.message(action)
             elif action is Do.CLOSE:
                 self.link.close()
+                self.closed()
             else:
                 event = self.perform(action)
                 if event is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
@@ -101,6 +104,17 @@ class Link:
             if not self._queue:
                 close_all(self._given)
                 self._given.clear()
+
+    def finish(self, seconds: float) -> None:
+        """Sends the rest of what is queued, and waits for room for up to so many seconds in all."""
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
+        with contextlib.suppress(OSError):
+            while self._queue:
+                poll.register(self.sock, select.POLLOUT)
+                if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                    break
+                self.flush()
 
     def first_byte(self) -> bytes | None:
         """The next byte without taking it; b"" at the end, None where nothing has come yet."""

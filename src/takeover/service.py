@@ -8,11 +8,11 @@ import socket
 import time
 from collections.abc import Collection
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import listeners
+from . import blobs, listeners
 from .control import ControlPath, Identity, identity
-from .controller import Controller, Held, Server, Settings
+from .controller import Controller, Server, Settings
 from .errors import (
     AddressError,
     ControlPathError,
@@ -25,9 +25,13 @@ from .errors import (
 )
 from .exchange import logger
 from .link import Link
+from .listeners import Held
 from .protocol import Limits, Local
 from .successor import Inherited, Successor
 from .wire import LEGACY_BYTE, LONGEST_TEXT, MAGIC, as_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 LONGEST_NAME = LONGEST_TEXT - 24
 """Characters of a name, which leaves room for the number of a member of a group."""
@@ -221,6 +225,27 @@ class Service:
         end.
         """
         return self._controller.over.wait(timeout)
+
+    def hand_over(self, name: str, data: Buffer) -> None:
+        """Gives a copy of the data to the next process, which asks for it with inherited(name); from ready() on.
+
+        Until there is a settled successor the newest of a name waits for it; afterwards, for instance when wait() has
+        returned, it is sent at once. Nothing is kept when the service was given up or undone. Raises LocalError where
+        the machine has no memory or descriptors left, or for more than 1,024 names.
+        """
+        _check_text("blob", name)
+        if not self._is_ready:
+            raise LocalProtocolError("hand_over() before ready(): there is nothing to hand over yet")
+        blobs.hand_over(self._controller, name, data)
+
+    def inherited(self, name: str, timeout: float = 0.0) -> memoryview | None:
+        """What an older process has handed over, from join() on: a read-only view, no copy, freed with its last user.
+
+        None where it does not come within `timeout` seconds, or nobody is left who could send it. Each is given once,
+        so that a newer one of the name may be waited for; one that is to go on to the next process is handed over anew.
+        Until it is asked for, each takes a descriptor. Raises LocalError where it cannot be mapped.
+        """
+        return blobs.inherited(self._controller, name, timeout)
 
     def status(self) -> dict[str, Any]:
         """What `takeover status --json` prints."""
