@@ -206,6 +206,7 @@ cdef class Loop:
             connection = self.connection_at(index)
             if connection == NULL or connection.flags & LOST:
                 continue
+            connection.flags &= <unsigned char>~HELD
             if connection.kind == PROTOCOL:
                 (<Transport>connection.state).lose(None)
                 count += 1
@@ -266,7 +267,7 @@ cdef class Loop:
     def relinquish_connections(self, descriptors, skip):
         """Close held connections that another process has adopted; the indices in `skip` are served on here for good.
 
-        Returns the indices that stay after all, and by index what handlers have written meanwhile.
+        Returns the indices that are to stay after all and are held still, and by index what handlers have written.
         """
         return relinquish_batch(self.core, descriptors, skip)
 

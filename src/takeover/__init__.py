@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from . import aio as aio
     from . import errors as errors
     from ._backend import ECHO, Loop, backend
     from .controller import Server
@@ -63,8 +64,8 @@ def __getattr__(name: str) -> Any:
     """Imports a name at its first use: `import takeover` is to cost a command line next to nothing."""
     import importlib
 
-    if name == "errors":
-        return importlib.import_module(".errors", __name__)
+    if name in ("aio", "errors"):
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

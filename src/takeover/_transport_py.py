@@ -293,6 +293,7 @@ class Transport:
         """Abort; False if it was over already."""
         if self._lost:
             return False
+        self._held = False
         self._lose(None)
         return True
 

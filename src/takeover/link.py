@@ -116,6 +116,10 @@ class Link:
                     break
                 self.flush()
 
+    def withdraw(self) -> None:
+        """Forgets the queued frames with descriptors of which nothing has gone yet: the descriptors may be closed now."""
+        self._queue = deque((data, descriptors) for data, descriptors in self._queue if not descriptors)
+
     def first_byte(self) -> bytes | None:
         """The next byte without taking it; b"" at the end, None where nothing has come yet."""
         try:

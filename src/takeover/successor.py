@@ -297,7 +297,8 @@ class Successor(Exchange):
             self.joiner.blobs.inherit(kept.name, self.elder.generation, kept.descriptor)
             self.inherited.remove(kept)
 
-    def closed(self) -> None:
+    def hang_up(self) -> None:
+        super().hang_up()
         if not self.joiner.elders:
             self.joiner.blobs.no_more()
 
