@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from ._backend import fdpass
 from .control import Peer, peer_of
 from .errors import RemoteProtocolError
-from .wire import MAX_DESCRIPTORS, Body, Decoder, Frame, Type, encode
+from .wire import Body, Decoder, Frame, Type, encode
 
 FRAMES_AT_ONCE = 32
 """How many frames one link may have processed before it is another link's turn."""
@@ -117,7 +117,7 @@ class Link:
                 self.flush()
 
     def withdraw(self) -> None:
-        """Forgets the queued frames with descriptors of which nothing has gone yet: the descriptors may be closed now."""
+        """Forgets the queued frames of which nothing has gone yet, descriptors included: those may be closed now."""
         self._queue = deque((data, descriptors) for data, descriptors in self._queue if not descriptors)
 
     def first_byte(self) -> bytes | None:
