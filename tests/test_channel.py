@@ -252,7 +252,7 @@ def test_no_more_connections_are_sent_than_the_taker_has_room_for(scene: Scene) 
     assert len(frame.descriptors) == 1
     stranger.adopted(1, room=0)
     *_, frame = heard(scene, stranger, Type.RELEASED, Type.FINISHED)
-    assert frame.body["left"] == {"memory": 1, "room": 1}
+    assert frame.body["left"] == {"memory": 1, "room": 2}
     scene.until(lambda: giver.finished)
     assert scene.loops[0].connections == 3
     scene.answers([scene.clients[number] for number in (1, 3, 4)])
@@ -262,7 +262,7 @@ def test_no_more_connections_are_sent_than_the_taker_has_room_for(scene: Scene) 
 def test_a_batch_is_larger_after_a_quick_one_and_smaller_after_a_slow_one(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, quick: float, slow: float, then: int
 ) -> None:
-    for name, value in (("FIRST_BATCH", 4), ("WINDOW", 1), ("QUICK", quick), ("SLOW", slow)):
+    for name, value in (("FIRST_BATCH", 4), ("SMALL_BATCH", 0), ("WINDOW", 1), ("QUICK", quick), ("SLOW", slow)):
         monkeypatch.setattr(giver_module, name, value)
     scene.connect(13)
     giver, stranger = scene.give()
@@ -439,7 +439,7 @@ def test_what_the_kernel_refuses_again_and_again_stays(scene: Scene, monkeypatch
 
     monkeypatch.setattr(giver.link, "send", refuse)
     scene.until(lambda: giver.finished and taker.finished)
-    assert giver.left == taker.left == {"kernel": 1} and scene.counts() == (5, 0)
+    assert giver.left == taker.left == {"kernel": 5} and scene.counts() == (5, 0)
     scene.answers()
 
 
@@ -709,14 +709,12 @@ def test_a_mistake_of_this_side_costs_the_channel_and_no_connection(
     assert giver.state is taker.state is State.CLOSED
 
 
-def test_room_is_counted_anew_where_it_is_scarce(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taker_module, "room_for_connections", lambda: 7)
+def test_a_taker_says_how_much_room_is_left(scene: Scene) -> None:
     stranger, taker = scene.take()
     offer(scene, stranger, 0)
-    assert heard(scene, stranger, Type.ADOPTED)[0].body["room"] == 7
-    monkeypatch.setattr(taker_module, "EXACT_BELOW", 0)
+    assert heard(scene, stranger, Type.ADOPTED)[0].body["room"] == 999
     offer(scene, stranger, 1, 2)
-    assert heard(scene, stranger, Type.ADOPTED)[0].body["room"] == 5
+    assert heard(scene, stranger, Type.ADOPTED)[0].body["room"] == 997
     for number in range(2):
         stranger.say(Type.RELEASED, records.pack_release(number, [], {}))
     stranger.say(Type.FINISHED, {"left": {"busy": 2}})

@@ -174,7 +174,7 @@ def send_descriptors(int sock, data, descriptors):
 
 
 def receive_descriptors(int sock, Py_ssize_t size, int max_descriptors):
-    """Receives bytes and the descriptors that ride on them, in one recvmsg(2): `(data, descriptors)`, an array of C ints.
+    """Receives bytes and an array of the descriptors that ride on them, in one recvmsg(2): `(data, descriptors)`.
 
     sock             an AF_UNIX stream socket
     size             the most bytes to take, at least 1

@@ -26,7 +26,7 @@ from takeover._records cimport (
 from takeover._transport cimport Transport, forget_connection, resume_connection
 
 from takeover._schedule import log
-from takeover.records import LARGEST_PART, NOT_NOW, WORDS, pack_peer
+from takeover.records import LARGEST_PART, NOT_NOW, WORDS, pack_peer, version_of
 
 cdef extern from "<sys/socket.h>" nogil:
     enum: AF_UNIX
@@ -132,16 +132,18 @@ cdef Reason export_protocol(Core *core, Connection *connection, Output *output) 
     if export is None or getattr(protocol, "import_state", None) is None:
         return UNMOVABLE
     try:
+        version = version_of(protocol)
         state = export()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:
-        log.exception("export_state of %r raised; its connection is drained", protocol)
+        log.exception("the state of %r cannot be exported; its connection is drained", protocol)
         return BROKEN
     if state is NOT_NOW:
         return BUSY
     if not isinstance(state, (bytes, bytearray, memoryview)):
-        log.error("export_state of %r returned %s, not bytes; its connection is drained", protocol, type(state).__name__)
+        kind = type(state).__name__
+        log.error("export_state of %r returned %s, not bytes; its connection is drained", protocol, kind)
         return BROKEN
     if connection.flags & (CLOSING | LOST):
         return CLOSED
@@ -151,7 +153,7 @@ cdef Reason export_protocol(Core *core, Connection *connection, Output *output) 
         return BROKEN
     describe(core, connection, &record)
     record.flags |= R_HAS_STATE
-    record.version = getattr(protocol, "state_version", 0)
+    record.version = version
     record.high, record.low = <uint32_t>min(transport.high, 0xffffffff), <uint32_t>min(transport.low, 0xffffffff)
     if transport.family == AF_UNIX:
         path = pack_peer(AF_UNIX, transport.peer_path)
@@ -164,7 +166,7 @@ cdef Reason export_protocol(Core *core, Connection *connection, Output *output) 
 
 
 cdef tuple export_batch(Core *core, size_t start, int most, size_t size, dict reasons):
-    """The records, the descriptors, and where to go on (-1 at the end of the table); `reasons` counts who stays and why."""
+    """The records, the descriptors, and where to go on (-1 at the end of the table); `reasons` counts who stays."""
     cdef Output output
     cdef int[MOST] descriptors
     cdef size_t[REASONS] tally
@@ -193,6 +195,9 @@ cdef tuple export_batch(Core *core, size_t start, int most, size_t size, dict re
         end = start >= SLAB * core.slab_count
         found = descriptor_array(descriptors, count)
         return PyBytes_FromStringAndSize(output.data, output.size), found, -1 if end else start
+    except BaseException:
+        put_back_batch(core, descriptor_array(descriptors, count), False)
+        raise
     finally:
         free(output.data)
 

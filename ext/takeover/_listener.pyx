@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """A listening socket in a loop: accepts in batches, and pauses when descriptors or memory run out."""
 
-from libc.errno cimport EBADF, ENOMEM, errno
+from libc.errno cimport EBADF, errno
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport realloc
 from posix.unistd cimport close

@@ -2,7 +2,7 @@
 """The event loop on epoll(7), level-triggered. `_loop_py` is the same interface in plain Python."""
 
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EBADF, EINTR, errno
+from libc.errno cimport EINTR, errno
 from libc.math cimport INFINITY
 from libc.stdint cimport uint8_t
 from libc.stdlib cimport calloc, free, malloc
@@ -251,7 +251,7 @@ cdef class Loop:
         return self.schedule.call_at(when, callback, *args)
 
     def add_reader(self, fd, callback, *args):
-        """Call back each time that a descriptor, which stays the caller's, can be read; in place of a former callback."""
+        """Call back whenever a descriptor, which stays the caller's, can be read; in place of a former callback."""
         self.watch_for(fd, Timer(0.0, callback, args), self.watched(fd)[1])
 
     def remove_reader(self, fd):
@@ -261,7 +261,7 @@ cdef class Loop:
         return reader is not None
 
     def add_writer(self, fd, callback, *args):
-        """Call back each time that a descriptor, which stays the caller's, can be written; in place of a former callback."""
+        """Call back whenever a descriptor, which stays the caller's, can be written; in place of a former callback."""
         self.watch_for(fd, self.watched(fd)[0], Timer(0.0, callback, args))
 
     def remove_writer(self, fd):
@@ -273,8 +273,8 @@ cdef class Loop:
     def export_connections(self, start, most, size, reasons):
         """Hold connections that can move: `(records, descriptors, where to go on)`, the last -1 when all were seen.
 
-        At most `most` from place `start` on, until the records have `size` bytes. `reasons` counts by words (records.py)
-        who does not move. The descriptors stay the loop's.
+        At most `most` from place `start` on, until the records have `size` bytes. `reasons` counts by words
+        (records.WORDS) who does not move. The descriptors stay the loop's.
         """
         self.check_open()
         return export_batch(self.core, start, most, size, reasons)
@@ -293,13 +293,13 @@ cdef class Loop:
     def adopt_connections(self, records, descriptors, generation):
         """Take in connections that a process of that generation has exported, without reading or writing yet.
 
-        The descriptors are the loop's from here on. Returns those that it closed again: a list of [index, reason]. Raises
-        RemoteProtocolError for garbled records, after closing all.
+        The descriptors are the loop's from here on. Returns those that it closed again: a list of [index, reason].
+        Raises RemoteProtocolError for garbled records, after closing all.
         """
         cdef const unsigned char[::1] view = records
         self.check_open()
-        return adopt_batch(self.core, self.schedule, <const char *>&view[0] if len(view) else NULL, len(view), descriptors,
-                           generation)
+        return adopt_batch(self.core, self.schedule, <const char *>&view[0] if len(view) else NULL, len(view),
+                           descriptors, generation)
 
     def start_connections(self, descriptors, skip, tails):
         """Serve what was adopted, but for the indices in `skip`; `tails` are bytes by index to send behind all else."""

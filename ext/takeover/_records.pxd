@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""The records of live connections as bytes and back, in plain C; docs/protocol.md specifies them, records.py is the twin."""
+"""The records of live connections as bytes and back, in plain C; docs/protocol.md specifies, records.py is the twin."""
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc

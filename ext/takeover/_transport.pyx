@@ -7,7 +7,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcpy
 from posix.unistd cimport close
 
@@ -20,7 +20,6 @@ from takeover._connections cimport (
 from takeover._native cimport resume_native
 
 import os
-import socket
 
 from takeover._schedule import log
 from takeover._sockets import TransportSocket

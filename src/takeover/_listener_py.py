@@ -16,7 +16,7 @@ from ._transport_py import Transport
 if TYPE_CHECKING:
     import asyncio
 
-    from ._loop_py import Handler, Loop
+    from ._loop_py import Loop
 
 log = logging.getLogger("takeover")
 
@@ -27,13 +27,13 @@ EVENT_READ = selectors.EVENT_READ
 class Listener:
     """A listening socket in a loop. The socket stays its caller's; the listener closes and shuts down nothing."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, handler: Handler | Callable[[], asyncio.Protocol]) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, factory: Callable[[], asyncio.Protocol], native: bool) -> None:
         self.socket = sock
         self.accepted = 0
-        self.handler = handler
+        self.factory = factory
+        self.native = native  # whether it is a built-in handler's
         self.inode = os.fstat(sock.fileno()).st_ino
         self._loop = loop
-        self.factory = getattr(handler, "factory", handler)
         self._place = -1  # the descriptor, -1 when stopped
         self._watched = 0
         self._pausing = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import selectors
 import socket
 import time
@@ -175,7 +174,8 @@ class Loop:
         if not isinstance(handler, Handler) and not callable(handler):
             raise TypeError(f"handler must be a Handler or a protocol factory, not {handler!r}")
         prepare_listener(sock)
-        listener = Listener(self, sock, handler)
+        native = isinstance(handler, Handler)
+        listener = Listener(self, sock, handler.factory if isinstance(handler, Handler) else handler, native)
         self.homes[listener.inode] = listener
         if accepting:
             listener.start()
@@ -215,7 +215,7 @@ class Loop:
         return self.schedule.call_at(when, callback, *args)
 
     def add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> None:
-        """Call back each time that a descriptor, which stays the caller's, can be read; in place of a former callback."""
+        """Call back whenever a descriptor, which stays the caller's, can be read; in place of a former callback."""
         self._watch_for(fd, Timer(0.0, callback, args), self._watched(fd).writer)
 
     def remove_reader(self, fd: Any) -> bool:
@@ -226,7 +226,7 @@ class Loop:
         return had
 
     def add_writer(self, fd: Any, callback: Callable[..., object], *args: Any) -> None:
-        """Call back each time that a descriptor, which stays the caller's, can be written; in place of a former callback."""
+        """Call back whenever a descriptor, which stays the caller's, can be written; in place of a former callback."""
         self._watch_for(fd, self._watched(fd).reader, Timer(0.0, callback, args))
 
     def remove_writer(self, fd: Any) -> bool:
@@ -260,8 +260,8 @@ class Loop:
     ) -> tuple[bytes, array[int], int]:
         """Hold connections that can move: `(records, descriptors, where to go on)`, the last -1 when all were seen.
 
-        At most `most` from place `start` on, until the records have `size` bytes. `reasons` counts by words (records.py)
-        who does not move. The descriptors stay the loop's.
+        At most `most` from place `start` on, until the records have `size` bytes. `reasons` counts by words
+        (records.WORDS) who does not move. The descriptors stay the loop's.
         """
         self.check_open()
         return moving.export_batch(self, start, most, size, reasons)
@@ -282,8 +282,8 @@ class Loop:
     def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
         """Take in connections that a process of that generation has exported, without reading or writing yet.
 
-        The descriptors are the loop's from here on. Returns those that it closed again: a list of [index, reason]. Raises
-        RemoteProtocolError for garbled records, after closing all.
+        The descriptors are the loop's from here on. Returns those that it closed again: a list of [index, reason].
+        Raises RemoteProtocolError for garbled records, after closing all.
         """
         self.check_open()
         return moving.adopt_batch(self, records, descriptors, generation)

@@ -6,8 +6,8 @@ import logging
 import os
 import socket
 from array import array
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ._transport_py import Transport
 from .borrowed import BorrowedSocket
@@ -23,15 +23,24 @@ from .records import (
     reads_version,
     unpack,
     unpack_peer,
+    version_of,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ._listener_py import Listener
     from ._loop_py import Loop
 
 log = logging.getLogger("takeover")
+
+
+class Home(Protocol):
+    """What a connection needs of the listener that it came from: how its handlers are made, and whether in C."""
+
+    native: bool
+
+    @property
+    def factory(self) -> Callable[[], Any]: ...
 
 
 class Stays(Exception):
@@ -58,6 +67,9 @@ def export_batch(
             reasons[why] = reasons.get(why, 0) + 1
             transport.stays = why != "busy"
             continue
+        except BaseException:
+            put_back_batch(loop, descriptors, False)
+            raise
         total += len(records[-1])
         transport.hold()
         descriptors.append(fd)
@@ -66,7 +78,7 @@ def export_batch(
 
 def _export(loop: Loop, transport: Transport) -> bytes:
     protocol: Any = transport.get_protocol()
-    native = hasattr(loop.homes[transport.origin].handler, "factory")
+    native = loop.homes[transport.origin].native
     version, state, high, low = 0, b"", *reversed(transport.get_write_buffer_limits())
     if not native:
         version, state = _state_of(transport, protocol)
@@ -86,15 +98,24 @@ def _state_of(transport: Transport, protocol: Any) -> tuple[int, bytes]:
     """The version of a protocol's state, and the state."""
     if transport.flags() & CLOSING:
         raise Stays("closing")
+    version, state = state_of(protocol)
+    if transport.is_closing():
+        raise Stays("closing")
+    return version, state
+
+
+def state_of(protocol: Any) -> tuple[int, bytes]:
+    """The version of a protocol's state, and the state; raises Stays."""
     export = getattr(protocol, "export_state", None)
     if export is None or getattr(protocol, "import_state", None) is None:
         raise Stays("unmovable")
     try:
+        version = version_of(protocol)
         state = export()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:
-        log.exception("export_state of %r raised; its connection is drained", protocol)
+        log.exception("the state of %r cannot be exported; its connection is drained", protocol)
         raise Stays("state") from None
     if state is NOT_NOW:
         raise Stays("busy")
@@ -103,9 +124,7 @@ def _state_of(transport: Transport, protocol: Any) -> tuple[int, bytes]:
             "export_state of %r returned %s, not bytes; its connection is drained", protocol, type(state).__name__
         )
         raise Stays("state")
-    if transport.is_closing():
-        raise Stays("closing")
-    return getattr(protocol, "state_version", 0), bytes(state)
+    return version, bytes(state)
 
 
 def relinquish_batch(loop: Loop, descriptors: array[int], skip: Collection[int]) -> tuple[list[int], dict[int, bytes]]:
@@ -174,7 +193,7 @@ def _adopt(loop: Loop, fd: int, record: Record, generation: int) -> None:
         raise Stays("socket")
     if len(record.unread):
         raise Stays("unread")
-    protocol = _protocol_for(home, record)
+    protocol = protocol_for(home, record)
     peer = unpack_peer(record.peer) if record.peer else None
     sock = socket.socket(family, kind, fileno=fd)
     sock.setblocking(False)
@@ -184,13 +203,13 @@ def _adopt(loop: Loop, fd: int, record: Record, generation: int) -> None:
     loop.admit(transport)
 
 
-def _protocol_for(home: Listener, record: Record) -> Any:
-    native = hasattr(home.handler, "factory")
-    if native is bool(record.flags & HAS_STATE):
+def protocol_for(home: Home, record: Record) -> Any:
+    """A new handler of a listener, with the state of the record; raises Stays."""
+    if home.native is bool(record.flags & HAS_STATE):
         raise Stays("handler")
     try:
         protocol: Any = home.factory()
-        if native:
+        if home.native:
             return protocol
         if getattr(protocol, "import_state", None) is None:
             raise Stays("handler")
@@ -200,7 +219,7 @@ def _protocol_for(home: Listener, record: Record) -> Any:
     except (KeyboardInterrupt, SystemExit, Stays):
         raise
     except BaseException:
-        log.exception("import_state in %r raised; the connection goes back", home.handler)
+        log.exception("import_state in %r raised; the connection goes back", home.factory)
         raise Stays("state") from None
     return protocol
 

@@ -272,9 +272,8 @@ class Transport:
 
     def append(self, data: bytes) -> None:
         """Queue bytes behind the backlog of a held connection."""
-        if data:
-            self._backlog.append(memoryview(data))
-            self._unsent += len(data)
+        self._backlog += [memoryview(data)] if data else []
+        self._unsent += len(data)
 
     def backlog(self, start: int = 0) -> bytes:
         """What is unsent, from a byte on."""

@@ -6,6 +6,7 @@ of a loop every connection is at rest, and nobody has to wait for anybody.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import socket
@@ -25,6 +26,8 @@ from .protocol import CHANNEL_BYTE, Event, Limits, Local, State
 class Connections(Protocol):
     """What moves: the loop's methods of the same names, or those of a server on another loop."""
 
+    @property
+    def connections(self) -> int: ...
     def export_connections(
         self, start: int, most: int, size: int, reasons: dict[str, int]
     ) -> tuple[bytes, array[int], int]: ...
@@ -71,19 +74,20 @@ def open_channel() -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def room_for_connections() -> int:
-    """How many connections this process may take in: the eighth part of its RLIMIT_NOFILE stays free for new ones."""
+    """How many connections this process may take in: a sixteenth of its RLIMIT_NOFILE stays free for new ones."""
     limit = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     try:
         held = len(os.listdir("/proc/self/fd"))
     except OSError:
         held = 64
-    return max(0, limit - held - max(32, limit // 8))
+    return max(0, limit - held - max(32, limit // 16))
 
 
 class Account:
     """What has moved, and why the rest has not: a part of what `takeover status` shows. Bytes, milliseconds.
 
-    `observer`, if any, is called when it has changed; `expected` is how many connections are to come.
+    `observer`, if any, is called when it has changed; `expected` is how many connections are to come; `last_move` is
+    what the last channel took in this process, from its opening to its end.
     """
 
     def __init__(self) -> None:
@@ -91,6 +95,7 @@ class Account:
         self.moved_out = 0
         self.state_bytes = 0
         self.longest_standstill = 0.0
+        self.last_move = 0.0
         self.expected = 0
         self.refused: Counter[str] = Counter()
         self.drained: Counter[str] = Counter()
@@ -108,6 +113,7 @@ class Account:
             "drained": dict(self.drained),
             "state_bytes": self.state_bytes,
             "longest_standstill_ms": round(self.longest_standstill, 3),
+            "last_move_ms": round(self.last_move, 3),
         }
 
 
@@ -124,7 +130,7 @@ class End(Exchange):
     """What both ends share: the loop's watch on the socket, the clock, the token. Owns both descriptors of the channel.
 
     `loop` has add_reader(), add_writer(), call_soon() and call_later(), as asyncio's loops have. `ended` is called
-    once, when nothing more will happen.
+    when it has finished, and again where it is over only later.
     """
 
     begins: ClassVar[State]
@@ -163,15 +169,36 @@ class End(Exchange):
     def owned(self) -> list[int]:
         return [self._token]
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing will happen any more: it is finished, and what was to be said has gone out."""
+        return self.finished and self.link.fileno() < 0
+
     def leave(self) -> None:
         """The loop ends: what is on its way is the other end's, who finds that nobody has claimed it."""
+        self.link.close()
         if self.finished:
             return
-        self.link.close()
         close_all([self._token])
         for batch in self.batches:
             self.connections.drop_connections(batch.descriptors, batch.skip)
         self.batches.clear()
+
+    def hang_up(self) -> None:
+        """Closes the socket once what is queued has gone: only a release tells the other end what it owns."""
+        self.link.withdraw()
+        if self.link.unsent and not self.link.lost:
+            self.loop.remove_reader(self.link.fileno())
+            self.loop.add_writer(self.link.fileno(), self._linger)
+        else:
+            self.link.close()
+
+    def _linger(self) -> None:
+        with contextlib.suppress(OSError):
+            self.link.flush()
+        if not self.link.unsent:
+            self.link.close()
+            self.loop.call_soon(self._ended)
 
     def close_after_fork(self) -> None:
         """In a forked child: closes the descriptors, and does not touch the loop, whose epoll set is the parent's."""

@@ -35,7 +35,7 @@ def read_token(token: int) -> bytes:
 
 
 class Exchange:
-    """One Machine on one Link. Everything here runs in the control thread.
+    """One Machine on one Link. Everything here runs in one thread.
 
     `frame` is the message that is being acted on. `boundary` is a seam for tests, which die or stop at it: it is called
     with the role and the step before and after each action and at each message that arrives.
@@ -105,6 +105,10 @@ class Exchange:
     def changed(self, before: State) -> None:
         """Called after each change of state."""
 
+    def hang_up(self) -> None:
+        """Closes the link."""
+        self.link.close()
+
     def step(self, event: Event) -> None:
         """Feeds one event, and those that its actions bring about, in order."""
         self._events.append(event)
@@ -142,7 +146,7 @@ class Exchange:
             if isinstance(action, Type):
                 self.message(action)
             elif action is Do.CLOSE:
-                self.link.close()
+                self.hang_up()
             else:
                 event = self.perform(action)
                 if event is not None:

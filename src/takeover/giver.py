@@ -25,8 +25,12 @@ WINDOW = 3
 """Batches on their way at a time: one that is being adopted, one in the socket, one that is being packed."""
 
 FIRST_BATCH = 64
+SMALL_BATCH = 32
 QUICK, SLOW = 0.003, 0.008
 """Seconds from the export of a batch to its release: below the one the next is twice as large, above the other half."""
+
+TOO_SLOW = 0.1
+"""Seconds above which even a small batch is halved: only handlers take so long, all else is a machine that is busy."""
 
 BATCH_SIZE = 256 << 10
 """Bytes of records at which a batch is full, whatever the number of its connections."""
@@ -63,6 +67,7 @@ class Giver(End):
         self._reasons: dict[str, int] = {}
         self._pause = SOONEST
         self._resting = False
+        self._busy = 0
         self._packed: tuple[bytes, array[int]] = (b"", array("i"))
         self._refused: list[list[Any]] = []
         self._staying: deque[Batch] = deque()
@@ -73,6 +78,7 @@ class Giver(End):
         """The deadline: what is on its way comes back, unless the other end has it already."""
         while not self.finished:
             self.step(Local.LEAVING)
+        self.link.close()
 
     @property
     def waits(self) -> bool:
@@ -92,7 +98,7 @@ class Giver(End):
 
     def _pump(self) -> None:
         """Sends one batch more, if the window has room; the next one in another turn of the loop."""
-        if self._resting or self.link.unsent or len(self.batches) >= self._window or self.state is not State.GIVING:
+        if self._resting or self.link.unsent or self.state is not State.GIVING or len(self.batches) >= self._window:
             return
         if self._cursor >= 0:
             self._export()
@@ -100,8 +106,7 @@ class Giver(End):
             self._come_to_an_end()
 
     def _export(self) -> None:
-        on_their_way = sum(len(batch.descriptors) for batch in self.batches)
-        most = min(self._most, records.MOST_CONNECTIONS, self._room - on_their_way)
+        most = min(self._most, records.MOST_CONNECTIONS, self._room - self._on_their_way())
         if most <= 0:
             if not self.batches:
                 self._give_up("room")
@@ -118,30 +123,39 @@ class Giver(End):
         self._pump_soon()
 
     def _give_up(self, why: str) -> None:
-        """What has not moved by now stays here."""
+        """What has not moved by now, and is not on its way, stays here."""
         self._cursor = -1
-        self._reasons.clear()
-        self.left[why] += 1
+        self._count_left()
+        self._busy = 0
+        self.left[why] += max(0, self.connections.connections - self._on_their_way() - self.left.total())
         self._pump_soon()
 
-    def _come_to_an_end(self) -> None:
-        busy = self._reasons.pop("busy", 0)
+    def _count_left(self) -> None:
+        """Who was found to stay counts once and for all; who has said "not now" in this pass may be asked again."""
+        self._busy += self._reasons.pop("busy", 0)
         self.left.update(self._reasons)
-        self._reasons = {}
-        if busy or self.more_to_come():
+        self._reasons.clear()
+
+    def _on_their_way(self) -> int:
+        return sum(len(batch.descriptors) for batch in (*self.batches, *self._staying))
+
+    def _come_to_an_end(self) -> None:
+        self._count_left()
+        if self._busy or self.more_to_come():
             self._rest()
         else:
             self.step(Local.EMPTY)
 
     def _rest(self) -> None:
-        """For a while no batch is sent, and then what is left is looked through anew."""
+        """Sends nothing for a moment, and asks everybody anew then."""
         self._resting = True
         self.loop.call_later(self._pause, self.guard, self._begin_anew)
         self._pause = min(2 * self._pause, LATEST)
 
     def _begin_anew(self) -> None:
         self._resting = False
-        self._cursor = 0
+        self._cursor = self._busy = 0
+        self._reasons.pop("busy", None)
         self._pump()
 
     def received(self, frame: Frame) -> Event | None:
@@ -244,7 +258,7 @@ class Giver(End):
         took = time.monotonic() - batch.began
         if took < QUICK:
             self._most = min(2 * self._most, records.MOST_CONNECTIONS)
-        elif took > SLOW:
+        elif took > (SLOW if self._most > SMALL_BATCH else TOO_SLOW):
             self._most = max(self._most // 2, 1)
 
     def _read_to_the_end(self) -> None:
@@ -264,6 +278,9 @@ class Giver(End):
         if self.state is State.OUTRUN:
             self.loop.call_soon(self.guard, self._read_to_the_end)
         if self.finished:
+            self._count_left()
+            if self._busy:
+                self.left["busy"] += self._busy
             self.account.drained.update(self.left)
             self.account.changed()
             logger.info(

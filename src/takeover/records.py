@@ -56,6 +56,14 @@ class NotNow(enum.Enum):
 NOT_NOW = NotNow.NOT_NOW
 
 
+def version_of(protocol: object) -> int:
+    """The version of the state that a protocol exports: its `state_version`. Raises TypeError where that is none."""
+    version = getattr(protocol, "state_version", 0)
+    if not isinstance(version, int) or not -(1 << 31) <= version < 1 << 31:
+        raise TypeError(f"state_version must be an int of 32 bits, not {version!r}")
+    return version
+
+
 def reads_version(protocol: object, version: int) -> bool:
     """Whether a protocol's class says that it can read a version of the state: its own, unless it names several."""
     own = getattr(protocol, "state_version", 0)

@@ -8,15 +8,12 @@ from array import array
 from typing import Any
 
 from . import records
-from .channel import Batch, End, check_indices, in_words, room_for_connections
+from .channel import Batch, End, check_indices, in_words
 from .errors import RemoteProtocolError
 from .exchange import logger
 from .link import close_all
 from .protocol import TAKER, Do, Event, Local, State
 from .wire import Frame, Type
-
-EXACT_BELOW = 2048
-"""Descriptors; while there is more room than that it is not counted anew for each batch."""
 
 
 class Taker(End):
@@ -31,7 +28,7 @@ class Taker(End):
         super().__init__(*arguments)
         self.moved = 0
         self.left: dict[str, int] = {}
-        self._room = self.channel.room
+        self._had = self.connections.connections
         self._refused: list[list[Any]] = []
         self._release = records.Release(0, [], {})
         self.account.expected += self.channel.expected
@@ -49,11 +46,13 @@ class Taker(End):
 
     def message(self, kind: Type) -> None:
         if kind is Type.ADOPTED:
-            if self._room < EXACT_BELOW:
-                self._room = room_for_connections()
-            self.link.send(kind, {"batch": self.batches[-1].number, "room": self._room, "refused": self._refused})
+            self.link.send(kind, {"batch": self.batches[-1].number, "room": self._room(), "refused": self._refused})
         elif kind is Type.DROPPED:
             self.link.send(kind, {"batch": self._release.batch})
+
+    def _room(self) -> int:
+        """How many connections more there is room for; clients that have come since then take it too."""
+        return max(0, self.channel.room - (self.connections.connections - self._had))
 
     def perform(self, action: Do) -> Event | None:
         if action is Do.ADOPT:
@@ -89,7 +88,6 @@ class Taker(End):
             del self.frame.descriptors[:]
         skip = frozenset(index for index, _ in self._refused)
         self.batches.append(Batch(number, descriptors, taken, skip))
-        self._room -= len(descriptors) - len(skip)
         self.account.state_bytes += len(body)
         self.account.refused.update(word for _, word in self._refused)
 
@@ -139,6 +137,7 @@ class Taker(End):
     def changed(self, before: State) -> None:
         super().changed(before)
         if self.finished:
+            self.account.last_move = (time.monotonic() - self.started) * 1000
             self.account.expected -= self.channel.expected - self.moved
             self.account.drained.update(self.left)
             self.account.changed()
@@ -151,6 +150,6 @@ class Taker(End):
             f"{self.moved:,}",
             self.channel.pid,
             self.channel.generation,
-            (time.monotonic() - self.started) * 1000,
+            self.account.last_move,
             f"; the rest drains there ({in_words(self.left)})" if self.left else "",
         )
