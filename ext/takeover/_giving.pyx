@@ -234,7 +234,7 @@ cdef tuple relinquish_batch(Core *core, array.array descriptors, object skip):
             with nogil:
                 while index < count:
                     connection = place(core, fds[index])
-                    if connection.kind != NATIVE:
+                    if connection.kind != NATIVE or connection.flags & STAYS:
                         break
                     release(core, connection)
                     close(fds[index])

@@ -150,6 +150,9 @@ class Loop:
         for listener in list(self.listeners.values()):
             listener.stop()
         self._empty = None
+        for transport in list(self.transports.values()):
+            if transport.held:  # it is over with the rest: nobody will come back to it
+                transport.resume()
         while self.abort_connections() or self.transports:
             self.schedule.run_due()
         self._selector.close()

@@ -97,7 +97,7 @@ class NativeServer(Server):
         return any(isinstance(end, Taker) and not end.finished for end in self.ends)
 
     def leave_channels(self) -> None:
-        """The end of the loop: what is on its way stays with whoever has it."""
+        """What is on its way is put back, or stays with whoever has it."""
         for end in self.ends:
             end.leave()
 
@@ -156,6 +156,7 @@ class NativeServer(Server):
             self.loop.stop()
 
     def _deadline(self) -> None:
+        self.leave_channels()
         aborted = self.loop.abort_connections()
         logger.warning("drain deadline of %g s: closed %d connections", self.drain_timeout, aborted)
         self.loop.stop()
