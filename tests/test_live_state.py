@@ -259,6 +259,26 @@ def test_a_hundred_mebibytes_of_state_on_one_connection_move(room: Room) -> None
     assert moved["state_bytes"] > 100 * MIB
 
 
+@pytest.mark.parametrize("memory", [60, 240])
+def test_a_state_that_the_next_process_has_no_memory_for_stays_where_it_is(room: Room, memory: int) -> None:
+    """Whether it cannot be mapped, together with what came along with it, or not be copied."""
+    room.tracebacks_allowed = True
+    old = serving(room)
+    others = [room.talker() for _ in range(3)]
+    for talker in others:
+        talker.say()
+    large = room.talker()
+    large.say(f"poison huge {100 * MIB}")
+    new = room.protocols({"memory": memory})
+    room.wait_for_owner(new)
+    old.wait_for("connections to pid")
+    assert large.say()["pid"] == old.pid
+    pids = [talker.pid() for talker in others]
+    assert pids in ([old.pid] * 3, [new.pid] * 3)
+    report = room.status()["moved"]
+    assert (report["in"], sum(report["refused"].values())) == (pids.count(new.pid), 1 + pids.count(old.pid))
+
+
 def test_an_import_that_takes_long_for_each_moves_all(room: Room) -> None:
     old = serving(room)
     talkers = [room.talker() for _ in range(100)]

@@ -149,6 +149,7 @@ class End(Exchange):
         self.account = account
         self.batches: deque[Batch] = deque()
         self.started = time.monotonic()
+        self.broken = False
         self._ended = ended
         self._token = channel.token
         self._timer: Any = None
@@ -221,7 +222,7 @@ class End(Exchange):
             work()
         except Exception:  # noqa: BLE001 - logged with its traceback, and contained
             logger.exception("the channel to pid %d failed", self.channel.pid)
-            self.link.lost = True
+            self.link.lost = self.broken = True
             self._lose()
         if not self.finished:
             self._look_after()

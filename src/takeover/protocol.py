@@ -239,14 +239,15 @@ TAKER = _table(
     (State.TAKING, (Type.RELEASED,), State.TAKING, (Do.START,)),
     (State.TAKING, (Type.FINISHED,), State.CLOSED, (Do.CLOSE,)),
     (State.TAKING, (Local.LOST, Local.SILENT), State.RESOLVING, (Do.CLAIM,)),
+    (State.TAKING, (Local.FAIL,), State.CLOSED, (Do.DROP_ALL, Do.CLOSE)),
     (State.RESOLVING, (Local.GOT_CHANNEL,), State.CLAIMED, (Do.START_ALL, Do.HANG_UP)),
     (State.RESOLVING, (Local.GOT_NOTHING,), State.OUTRUN, ()),
     (State.CLAIMED, (Type.CONNECTIONS,), State.CLAIMED, (Do.ADOPT, Do.START_ALL)),
     (State.CLAIMED, (Type.RELEASED,), State.CLAIMED, ()),
-    (State.CLAIMED, (Local.LOST, Type.FINISHED), State.CLOSED, (Do.CLOSE,)),
+    (State.CLAIMED, (Local.LOST, Local.FAIL, Type.FINISHED), State.CLOSED, (Do.CLOSE,)),
     (State.OUTRUN, (Type.RELEASED,), State.OUTRUN, (Do.START,)),
     (State.OUTRUN, (Type.CONNECTIONS,), State.OUTRUN, (Do.ADOPT,)),
-    (State.OUTRUN, (Local.LOST, Type.FINISHED), State.CLOSED, (Do.DROP_ALL, Do.CLOSE)),
+    (State.OUTRUN, (Local.LOST, Local.FAIL, Type.FINISHED), State.CLOSED, (Do.DROP_ALL, Do.CLOSE)),
 )
 
 FINAL = frozenset({State.CLOSED, State.FAILED, State.UNDONE})

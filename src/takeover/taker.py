@@ -13,7 +13,7 @@ from .channel import Batch, End, check_indices, in_words, room_for_connections
 from .errors import RemoteProtocolError
 from .exchange import logger
 from .link import close_all
-from .protocol import TAKER, Do, Event, State
+from .protocol import TAKER, Do, Event, Local, State
 from .wire import Frame, Type
 
 EXACT_BELOW = 2048
@@ -65,12 +65,24 @@ class Taker(End):
             self.link.sock.shutdown(socket.SHUT_WR)
         return None
 
+    def _lose(self) -> None:
+        """Nothing is claimed by who does not understand what came, or could not take it in: it is the giver's again."""
+        if (self.broken or self.error is not None) and self.machine.accepts(Local.FAIL):
+            self.step(Local.FAIL)
+        else:
+            super()._lose()
+
     def _adopt(self) -> None:
         assert self.frame is not None
         number, taken, body, descriptors = self._open(self.frame)
         if not self.batches:
             self._silent = 0
-        self._refused = self.connections.adopt_connections(body, descriptors, self.channel.generation)
+        if body is None:
+            close_all(descriptors)
+            self._refused = [[index, "memory"] for index in range(len(descriptors))]
+            body = memoryview(b"")
+        else:
+            self._refused = self.connections.adopt_connections(body, descriptors, self.channel.generation)
         skip = frozenset(index for index, _ in self._refused)
         self.batches.append(Batch(number, descriptors, taken, skip))
         self._room -= len(descriptors) - len(skip)
@@ -83,18 +95,25 @@ class Taker(End):
             number, taken, count, size = records.BATCH.unpack_from(frame.data)
         except struct.error:
             raise RemoteProtocolError("the body of a CONNECTIONS is garbled") from None
-        body = memoryview(frame.data)[records.BATCH.size :]
+        body: memoryview | None = memoryview(frame.data)[records.BATCH.size :]
         extra = len(frame.descriptors) - count
         if (extra, len(body)) not in ((0, size), (1, 0)) or count > records.MOST_CONNECTIONS:
             raise RemoteProtocolError(f"{count} connections came with {len(frame.descriptors)} descriptors")
         if extra:
-            body = records.unseal(frame.descriptors[-1])
-            if len(body) != size:
+            body = self._unseal(frame.descriptors[-1])
+            if body is not None and len(body) != size:
                 raise RemoteProtocolError(f"{size} bytes of records are announced, the file has {len(body)}")
             close_all([frame.descriptors.pop()])
         descriptors = frame.descriptors[:]
         del frame.descriptors[:]
         return number, taken / 1e9, body, descriptors
+
+    def _unseal(self, descriptor: int) -> memoryview | None:
+        try:
+            return records.unseal(descriptor)
+        except OSError as error:
+            logger.error("cannot map the records of pid %d: %s; they go back", self.channel.pid, error.strerror)
+            return None
 
     def _start(self) -> None:
         assert self.frame is not None

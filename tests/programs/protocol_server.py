@@ -105,6 +105,8 @@ class Movable(Base):
         text, _, ballast = bytes(state).partition(b"\0")
         self.kept = json.loads(text)
         self.kept["ballast"] = len(ballast)
+        if self.kept["poison"] == "leave":
+            raise SystemExit(7)
         if self.kept["poison"] == "refuse":
             raise ValueError("the state cannot be imported")
         if self.kept["poison"].partition(" ")[0] == "huge":
@@ -191,7 +193,7 @@ class Lines(Movable if not WISHES.get("unmovable") else Base):  # type: ignore[m
             "local": self.transport.get_extra_info("sockname"),
             **self.kept,
         }
-        self.transport.write(json.dumps(answer).encode() + b"\n")
+        self.transport.write(json.dumps(answer, default=repr).encode() + b"\n")
 
     def tick(self) -> None:
         self.kept["ticks"] = self.kept.get("ticks", 0) + 1
