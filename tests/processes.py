@@ -267,7 +267,7 @@ class Room:
 
 
 class Boundaries:
-    """Learns of every boundary that the processes of a room come to (see programs/wishes.py), and may act at one of them.
+    """Learns of every boundary that the processes of a room come to (programs/wishes.py), and may act at some of them.
 
     A process waits at each boundary for an answer, so what is done at it happens there and nowhere else.
     """

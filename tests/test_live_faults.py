@@ -1,4 +1,4 @@
-"""Either process fails while connections move: each connection goes on with every byte, in one process, or dies with its own.
+"""Either process fails while connections move: each one goes on in one process, with every byte, or dies with its own.
 
 The boundaries are those of a move that went well. The compiled backend takes all of them, the plain one every third.
 """
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import pytest
 
 from clients import eventually
-from processes import FAST, Boundaries, Program, Room, descriptors_at_rest, stopped
+from processes import FAST, Boundaries, Program, Room, descriptors_at_rest
 from streams import Streams
 
 PARALLEL = 6
@@ -117,7 +117,7 @@ def record(backend: str) -> Recording:
 
 
 def scenarios(backend: str) -> Iterator[Scenario]:
-    """Both are killed at each boundary; one hangs, if it is its own, or is stopped there: in turn the one and the other."""
+    """Both are killed at each boundary; in turn the one or the other hangs, if it is its own, or is stopped there."""
     for index, step in enumerate(record(backend).boundaries[:: 1 if backend == "cython" else 3]):
         for victim in ("giver", "taker"):
             yield Scenario(step, victim, "kill")
@@ -252,7 +252,7 @@ def test_whoever_fails_at_any_moment_of_a_move_costs_its_own_connections_at_most
             source.choice(("kill", "stop")),
             source.uniform(0.0001, 0.01),
         )
-        for _ in range(int(os.environ.get("SAMPLES", 0)) or (12 if backend == "cython" else 6))
+        for _ in range(10 if backend == "cython" else 5)
     ]
     play_all(backend, todo)
 

@@ -1,4 +1,4 @@
-"""Established connections move at a takeover: every byte arrives once and in order, and the older process ends at once."""
+"""Established connections move at a takeover: every byte arrives once and in order, the older process ends at once."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def resident(program: Program) -> int:
     """KiB of memory that a process has."""
     status = pathlib.Path(f"/proc/{program.pid}/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0])
+
+
+def held_at_rest(program: Program) -> dict[str, int]:
+    """What it holds open, with its clients, when every link is closed."""
+    return dict(eventually(lambda: descriptors_at_rest(program.pid), "every link is closed"))
 
 
 @pytest.mark.parametrize("kind", ["echo", "protocols"])
@@ -68,9 +73,9 @@ def test_after_many_live_takeovers_the_owner_holds_no_descriptor_and_no_memory_m
         assert (report["generation"], report["moved"]["in"]) == (generation, 91)
         sizes.append(resident(new))
         if generation == 3:
-            held = eventually(lambda: descriptors_at_rest(new.pid), "every link is closed")
+            held = held_at_rest(new)
     streams.goes_on()
-    assert eventually(lambda: descriptors_at_rest(new.pid), "every link is closed") == held
+    assert held_at_rest(new) == held
     streams.stop()
     assert not streams.failures, streams.failures
     assert max(sizes[-5:]) < 1.2 * max(sizes[:5]), sizes

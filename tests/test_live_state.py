@@ -1,7 +1,8 @@
-"""The state of protocol classes moves with their connections, or they stay where they are: said plainly, counted once."""
+"""The state of protocol classes moves with their connections, or they stay where they are, said plainly and counted."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -223,9 +224,7 @@ def test_state_of_another_version_moves_where_the_class_reads_it(room: Room, fir
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)], ids=["older to newer", "newer to older"])
-def test_state_of_a_version_that_the_class_does_not_read_stays_where_it_is(
-    room: Room, first: int, second: int
-) -> None:
+def test_state_of_a_version_that_the_class_does_not_read_stays_where_it_is(room: Room, first: int, second: int) -> None:
     """L8."""
     old = serving(room, {"version": first})
     talker = room.talker()
@@ -333,7 +332,7 @@ def test_a_timer_that_writes_to_all_connections_all_the_time_loses_and_breaks_no
         ticks = [talker.hear()]
         while len([tick for tick in ticks if tick["pid"] == new.pid]) < 5:
             ticks.append(talker.hear())
-        for before, after in zip(ticks, ticks[1:], strict=False):
+        for before, after in itertools.pairwise(ticks):
             if before["pid"] == after["pid"]:
                 assert after["tick"] == before["tick"] + 1
             else:

@@ -14,7 +14,7 @@ from processes import FAST, Program, Room, descriptors_at_rest
 def test_a_takeover_under_load_loses_nothing_and_established_connections_are_served_until_they_leave(
     room: Room,
 ) -> None:
-    old = room.echo()
+    old = room.echo(live=False)
     old.wait_for("serving")
     steady, load = room.steady(20), room.pound()
     load.goes_on()
@@ -82,7 +82,7 @@ def test_a_server_on_join_hands_over_to_the_native_one_and_takes_over_from_it(ro
 
 
 def test_after_the_drain_deadline_connections_that_stay_are_closed_and_counted(room: Room) -> None:
-    old = room.echo(drain_timeout=0.3)
+    old = room.echo(drain_timeout=0.3, live=False)
     old.wait_for("serving")
     with room.connect() as sock:
         sock.send(b"x")

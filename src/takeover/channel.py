@@ -177,7 +177,7 @@ class End(Exchange):
         self.batches.clear()
 
     def hang_up(self) -> None:
-        """Closes the socket once what is queued has gone: a release in it is all that tells the other end what it owns."""
+        """Closes the socket once what is queued has gone: a release in it tells the other end what is its own."""
         self.link.withdraw()
         if self.link.unsent and not self.link.lost:
             self.loop.remove_reader(self.link.fileno())

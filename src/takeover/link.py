@@ -103,7 +103,7 @@ class Link:
                 self._given.clear()
 
     def withdraw(self) -> None:
-        """Forgets the queued frames with descriptors of which nothing has gone yet: the descriptors may be closed now."""
+        """Forgets the queued frames of which nothing has gone yet and whose descriptors will not stay open."""
         self._queue = deque((data, descriptors) for data, descriptors in self._queue if not descriptors)
 
     def first_byte(self) -> bytes | None:

@@ -89,15 +89,19 @@ class Taker(End):
         self.account.state_bytes += len(body)
         self.account.refused.update(word for _, word in self._refused)
 
-    def _open(self, frame: Frame) -> tuple[int, float, memoryview, array[int]]:
-        """Number, time, records and descriptors of a batch; those are the caller's, and the frame has none any more."""
+    def _open(self, frame: Frame) -> tuple[int, float, memoryview | None, array[int]]:
+        """Number, time, records and descriptors of a batch; those are the caller's, and the frame has none any more.
+
+        No records where there is no memory for the file that they are in.
+        """
         try:
             number, taken, count, size = records.BATCH.unpack_from(frame.data)
         except struct.error:
             raise RemoteProtocolError("the body of a CONNECTIONS is garbled") from None
-        body: memoryview | None = memoryview(frame.data)[records.BATCH.size :]
+        inline = memoryview(frame.data)[records.BATCH.size :]
+        body: memoryview | None = inline
         extra = len(frame.descriptors) - count
-        if (extra, len(body)) not in ((0, size), (1, 0)) or count > records.MOST_CONNECTIONS:
+        if (extra, len(inline)) not in ((0, size), (1, 0)) or count > records.MOST_CONNECTIONS:
             raise RemoteProtocolError(f"{count} connections came with {len(frame.descriptors)} descriptors")
         if extra:
             body = self._unseal(frame.descriptors[-1])

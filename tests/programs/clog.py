@@ -1,4 +1,4 @@
-"""Puts descriptors on their way between two sockets, as any process of the same user may, and takes them back, when told."""
+"""Puts descriptors on their way between two sockets, as any process of a user may, and takes them back, when told."""
 
 import array
 import json

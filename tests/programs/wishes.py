@@ -1,4 +1,4 @@
-"""What the tests may do to any of the programs that serve: short limits, boundaries to wait at, few or high descriptors."""
+"""What the tests may do to any program that serves: short limits, boundaries to wait at, few or high descriptors."""
 
 import contextlib
 import functools
@@ -52,7 +52,7 @@ def break_channel(how: str) -> None:
 
 
 def prepare(wishes: dict[str, Any]) -> None:
-    """Grants "broken" (how), "nofile", "memory" (MiB that may be used more than now), "above", "boundaries" and "limits"."""
+    """Grants "broken" (how), "nofile", "memory" (MiB more than now), "above", "boundaries" and "limits"."""
     logging.raiseExceptions = False
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
     if "nofile" in wishes:
