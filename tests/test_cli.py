@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
+from clients import eventually
 from processes import Room
 from takeover import query
 from takeover.errors import NotRunning
@@ -57,7 +59,7 @@ def test_status_as_json_has_what_programs_need(room: Room) -> None:
 
 
 def test_status_for_a_person_tells_of_the_takeover_and_of_who_still_drains(room: Room) -> None:
-    start(room, "--probation", "0")
+    start(room, "--probation", "0", "--no-live")
     with room.connect() as sock:
         sock.sendall(b"x")
         assert sock.recv(1) == b"x"
@@ -68,6 +70,39 @@ def test_status_for_a_person_tells_of_the_takeover_and_of_who_still_drains(room:
         assert f"1 drain in pid {old} (generation 1)" in shown
         assert f"committed, as successor, with pid {old}" in shown
         assert "ready" in shown and " ms" in shown
+
+
+def test_status_for_a_person_tells_what_has_moved(room: Room) -> None:
+    start(room, "--probation", "0")
+    with room.connect() as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        start(room, "--probation", "0")
+        eventually(lambda: room.status()["moved"]["in"] == 1, "it has moved")
+        shown = run(room, "status", "--control", room.control).stdout
+    assert "1 in, 0 out" in shown and "longest standstill" in shown
+
+
+def test_on_a_terminal_a_bar_shows_the_connections_that_move(room: Room) -> None:
+    start(room, "--probation", "0")
+    ours, theirs = os.openpty()
+    socks = [room.connect() for _ in range(100)]
+    try:
+        for sock in socks:
+            sock.sendall(b"x")
+            assert sock.recv(1) == b"x"
+        environment = {**room.environment, "TERM": "xterm", "COLUMNS": "120"}
+        options = ("--listen", room.url, "--control", room.control, "--probation", "0")
+        new = room.cli("echo", *options, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
+        room.wait_for_owner(new)
+        eventually(lambda: room.status()["moved"]["in"] == 100, "all have moved")
+        shown = os.read(ours, 65536).decode()
+    finally:
+        for sock in socks:
+            sock.close()
+        os.close(ours)
+        os.close(theirs)
+    assert "moving connections" in shown and "of 100 moved" in shown
 
 
 def test_options_have_environment_twins(room: Room) -> None:

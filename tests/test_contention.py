@@ -79,7 +79,7 @@ def test_generations_that_still_drain_are_watched_over_and_capped(room: Room) ->
     """D9: four generations, each with a client that stays; the cap refuses the fifth until one has left."""
     steady, generations = [], []
     for generation in range(1, 5):
-        program = room.echo(max_generations=3)
+        program = room.echo(max_generations=3, live=False)
         program.wait_for("serving" if generation == 1 else "took over")
         room.wait_for_owner(program)
         generations.append(program)
@@ -91,14 +91,14 @@ def test_generations_that_still_drain_are_watched_over_and_capped(room: Room) ->
 
     expected = [(number, program.pid, number) for number, program in enumerate(generations[:3], start=1)]
     eventually(lambda: draining() == expected, f"{expected} drain")
-    refused = room.echo(max_generations=3)
+    refused = room.echo(max_generations=3, live=False)
     assert refused.wait() == 1
     assert "3 older generations still drain" in refused.lines[-1]
     for client in steady:
         client.goes_on()
     generations[1].signal(signal.SIGKILL)
     eventually(lambda: draining() == [expected[0], expected[2]], "the death of an elder is noticed")
-    last = room.echo(max_generations=3)
+    last = room.echo(max_generations=3, live=False)
     last.wait_for("took over")
     expected[1:] = [expected[2], (4, generations[3].pid, 4)]
     eventually(lambda: draining() == expected, f"{expected} drain")

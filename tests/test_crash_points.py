@@ -1,7 +1,8 @@
 """At every boundary of a takeover, either process dies, stops or hangs: one owner remains, and the next takeover works.
 
 The boundaries are recorded from a takeover that goes well, so the list cannot go stale. The compiled backend takes
-all of them, the plain one through every third: what they differ in is not the protocol.
+all of them, the plain one through every third: what they differ in is not the protocol. What may happen while live
+connections move is in test_live_faults.py.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Scenario(NamedTuple):
 
 def start(room: Room, boundaries: Boundaries | None = None, probation: float = PROBATION) -> Program:
     settings = {"limits": FAST} if boundaries is None else {"limits": FAST, "boundaries": boundaries.name}
-    return room.echo(settings, probation=probation)
+    return room.echo(settings, probation=probation, live=False)
 
 
 @cache

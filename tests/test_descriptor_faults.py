@@ -98,7 +98,7 @@ def test_nothing_is_shut_down_that_was_handed_over(room: Room) -> None:
 
 def test_the_older_process_keeps_no_closed_descriptor_in_its_epoll_set(room: Room) -> None:
     """F7: a closed listener whose open file the successor holds raises events on, unless it was removed first."""
-    old = room.echo()
+    old = room.echo(live=False)
     old.wait_for("serving")
     steady, load = room.steady(1), room.pound()
     room.echo().wait_for("took over")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from clients import receive_exactly
-from processes import Room
+from processes import Program, Room
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -37,3 +37,19 @@ def test_an_example_takes_over_from_itself_and_serves_its_clients_to_the_end(roo
             say(late, b"hello\n", answer(second))
         say(early, b"hello\n", answer(first))
     assert room.programs[0].wait() == 0
+
+
+def test_who_is_in_the_chat_room_goes_along_with_the_line_that_is_being_typed(room: Room) -> None:
+    def start() -> Program:
+        program = room.run(sys.executable, str(EXAMPLES / "chat.py"), room.url, room.control)
+        room.wait_for_owner(program)
+        return program
+
+    first = start()
+    with room.connect() as one, room.connect() as other:
+        say(one, b"hello\nhow are", b"hello\n")
+        assert receive_exactly(other, 6) == b"hello\n"
+        start()
+        assert first.wait() == 0
+        say(one, b" you?\n", b"how are you?\n")
+        assert receive_exactly(other, 13) == b"how are you?\n"

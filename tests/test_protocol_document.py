@@ -67,7 +67,7 @@ def test_every_field_is_described(page: str, kind: Type) -> None:
 
 
 def test_every_refusal_event_action_and_role_is_named(page: str) -> None:
-    for name in (*REFUSALS, "token", "lock", "control", "listener"):
+    for name in (*REFUSALS, "token", "lock", "control", "listener", "blob"):
         assert f"| `{name}` |" in page
     for each in (*Local, *Do):
         assert f"| {each.name} | {each.value} |" in page

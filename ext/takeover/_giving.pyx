@@ -221,7 +221,8 @@ cdef bytes tail_of(const Connection *connection, size_t start):
 cdef tuple relinquish_batch(Core *core, array.array descriptors, object skip):
     """Closes our copies of what the other process has adopted; those in `skip`, which it refused, are served on.
 
-    Returns who stays after all, since its handler has ended it meanwhile, and what was written to others: by index.
+    Returns who is to stay after all, since its handler has ended it meanwhile, and is held still; and what was written to
+    others: by index.
     """
     cdef int *fds = descriptors.data.as_ints
     cdef int count = <int>len(descriptors)
@@ -242,11 +243,11 @@ cdef tuple relinquish_batch(Core *core, array.array descriptors, object skip):
             if index == count:
                 break
         connection = place(core, fds[index])
-        if index in skip or connection.flags & STAYS:
-            if index not in skip:
-                kept.append(index)
+        if index in skip:
             connection.flags |= STAYS
             resume_connection(core, connection)
+        elif connection.flags & STAYS:
+            kept.append(index)
         else:
             if connection.kind == PROTOCOL:
                 transport = <Transport>connection.state

@@ -16,7 +16,7 @@ from takeover._giving cimport export_batch, put_back_batch, relinquish_batch
 from takeover._listener cimport Listener, make_listener
 from takeover._native cimport monotonic, wait
 from takeover._taking cimport adopt_batch, drop_batch, start_batch
-from takeover._transport cimport Transport, resume_connection
+from takeover._transport cimport Transport
 
 import os
 
@@ -159,22 +159,11 @@ cdef class Loop:
         for listener in list(self.listeners):
             listener.stop()
         self.empty = None
-        self.put_back_all()
         while self.abort_connections() or self.core.open:
             self.schedule.run_due()
         self.schedule.close()
         close(self.core.epoll)
         self.core.epoll = -1
-
-    cdef int put_back_all(self) except -1:
-        """What is still held is over with the rest: nobody will come back to it."""
-        cdef Connection *connection
-        cdef size_t index
-        for index in range(SLAB * self.core.slab_count):
-            connection = self.connection_at(index)
-            if connection != NULL and connection.kind in (NATIVE, PROTOCOL) and connection.flags & HELD:
-                resume_connection(self.core, connection)
-        return 0
 
     def listen(self, sock, handler, *, accepting=True):
         """Serve the connections of a listening stream socket, made non-blocking here and owned by the caller still.
@@ -217,6 +206,7 @@ cdef class Loop:
             connection = self.connection_at(index)
             if connection == NULL or connection.flags & LOST:
                 continue
+            connection.flags &= <unsigned char>~HELD
             if connection.kind == PROTOCOL:
                 (<Transport>connection.state).lose(None)
                 count += 1
@@ -277,7 +267,7 @@ cdef class Loop:
     def relinquish_connections(self, descriptors, skip):
         """Close held connections that another process has adopted; the indices in `skip` are served on here for good.
 
-        Returns the indices that stay after all, and by index what handlers have written meanwhile.
+        Returns the indices that are to stay after all and are held still, and by index what handlers have written.
         """
         return relinquish_batch(self.core, descriptors, skip)
 

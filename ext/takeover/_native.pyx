@@ -10,8 +10,8 @@ from posix.unistd cimport close
 
 from takeover._connections cimport (
     CLOSING, EOF_QUEUED, EOF_RECEIVED, EPOLLERR, EPOLLHUP, EPOLLOUT, EVENTS, FULL, HELD, LOST, MSG_DONTWAIT,
-    NATIVE, NATIVE_LISTENER, PAUSED, RECEIVE, SHUT_WR, STAYS, arm, doom, epoll_wait, find, flush, open_connection, reap, recv,
-    release, shutdown, write,
+    NATIVE, NATIVE_LISTENER, PAUSED, RECEIVE, SHUT_WR, STAYS, arm, doom, epoll_wait, find, flush, open_connection, reap,
+    recv, release, shutdown, write,
 )
 
 cdef extern from "<sys/socket.h>" nogil:

@@ -20,19 +20,37 @@ from typing import TYPE_CHECKING, Any
 from ._version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from . import aio as aio
     from . import errors as errors
     from ._backend import ECHO, Loop, backend
     from .controller import Server
     from .protocol import Limits
+    from .records import NOT_NOW, Moved
     from .server import serve
     from .service import Report, Service, join
 
-__all__ = ["ECHO", "Limits", "Loop", "Report", "Server", "Service", "__version__", "backend", "errors", "join", "serve"]
+__all__ = [
+    "ECHO",
+    "NOT_NOW",
+    "Limits",
+    "Loop",
+    "Moved",
+    "Report",
+    "Server",
+    "Service",
+    "__version__",
+    "backend",
+    "errors",
+    "join",
+    "serve",
+]
 
 _HOMES = {
     "ECHO": "_backend",
     "Limits": "protocol",
     "Loop": "_backend",
+    "Moved": "records",
+    "NOT_NOW": "records",
     "Report": "service",
     "Server": "controller",
     "Service": "service",
@@ -46,8 +64,8 @@ def __getattr__(name: str) -> Any:
     """Imports a name at its first use: `import takeover` is to cost a command line next to nothing."""
     import importlib
 
-    if name == "errors":
-        return importlib.import_module(".errors", __name__)
+    if name in ("aio", "errors"):
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -150,9 +150,6 @@ class Loop:
         for listener in list(self.listeners.values()):
             listener.stop()
         self._empty = None
-        for transport in list(self.transports.values()):
-            if transport.held:  # it is over with the rest: nobody will come back to it
-                transport.resume()
         while self.abort_connections() or self.transports:
             self.schedule.run_due()
         self._selector.close()
@@ -272,7 +269,7 @@ class Loop:
     ) -> tuple[list[int], dict[int, bytes]]:
         """Close held connections that another process has adopted; the indices in `skip` are served on here for good.
 
-        Returns the indices that stay after all, and by index what handlers have written meanwhile.
+        Returns the indices that are to stay after all and are held still, and by index what handlers have written.
         """
         return moving.relinquish_batch(self, descriptors, skip)
 

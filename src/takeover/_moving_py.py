@@ -6,8 +6,8 @@ import logging
 import os
 import socket
 from array import array
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ._transport_py import Transport
 from .borrowed import BorrowedSocket
@@ -29,10 +29,18 @@ from .records import (
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ._listener_py import Listener
     from ._loop_py import Loop
 
 log = logging.getLogger("takeover")
+
+
+class Home(Protocol):
+    """What a connection needs of the listener that it came from: how its handlers are made, and whether in C."""
+
+    native: bool
+
+    @property
+    def factory(self) -> Callable[[], Any]: ...
 
 
 class Stays(Exception):
@@ -90,6 +98,14 @@ def _state_of(transport: Transport, protocol: Any) -> tuple[int, bytes]:
     """The version of a protocol's state, and the state."""
     if transport.flags() & CLOSING:
         raise Stays("closing")
+    version, state = state_of(protocol)
+    if transport.is_closing():
+        raise Stays("closing")
+    return version, state
+
+
+def state_of(protocol: Any) -> tuple[int, bytes]:
+    """The version of a protocol's state, and the state; raises Stays."""
     export = getattr(protocol, "export_state", None)
     if export is None or getattr(protocol, "import_state", None) is None:
         raise Stays("unmovable")
@@ -108,8 +124,6 @@ def _state_of(transport: Transport, protocol: Any) -> tuple[int, bytes]:
             "export_state of %r returned %s, not bytes; its connection is drained", protocol, type(state).__name__
         )
         raise Stays("state")
-    if transport.is_closing():
-        raise Stays("closing")
     return version, bytes(state)
 
 
@@ -118,11 +132,12 @@ def relinquish_batch(loop: Loop, descriptors: array[int], skip: Collection[int])
     kept, tails = [], {}
     for index, fd in enumerate(descriptors):
         transport = loop.transports[fd]
-        if index in skip or transport.stays:
-            if index not in skip:
-                kept.append(index)
+        if index in skip:
             transport.stays = True
             transport.resume()
+            continue
+        if transport.stays:
+            kept.append(index)
             continue
         tail = transport.backlog(transport.exported)
         if tail:
@@ -178,7 +193,7 @@ def _adopt(loop: Loop, fd: int, record: Record, generation: int) -> None:
         raise Stays("socket")
     if len(record.unread):
         raise Stays("unread")
-    protocol = _protocol_for(home, record)
+    protocol = protocol_for(home, record)
     peer = unpack_peer(record.peer) if record.peer else None
     sock = socket.socket(family, kind, fileno=fd)
     sock.setblocking(False)
@@ -188,7 +203,8 @@ def _adopt(loop: Loop, fd: int, record: Record, generation: int) -> None:
     loop.admit(transport)
 
 
-def _protocol_for(home: Listener, record: Record) -> Any:
+def protocol_for(home: Home, record: Record) -> Any:
+    """A new handler of a listener, with the state of the record; raises Stays."""
     if home.native is bool(record.flags & HAS_STATE):
         raise Stays("handler")
     try:

@@ -36,6 +36,7 @@ class Transport:
         "_eof_received",
         "_eof_written",
         "_full",
+        "_held",
         "_high",
         "_local",
         "_loop",
@@ -48,7 +49,6 @@ class Transport:
         "_unsent",
         "_watched",
         "exported",
-        "held",
         "moved",
         "origin",
         "stays",
@@ -59,7 +59,7 @@ class Transport:
         self.moved: Moved | None = None
         self.exported = 0  # bytes of the backlog that are in the record of a connection on its way
         self.stays = False
-        self.held = False
+        self._held = False
         self._loop = loop
         self._sock = sock
         self._peer = peer
@@ -82,7 +82,7 @@ class Transport:
         if not data or self._closing or self._lost:
             return
         sent = 0
-        if not self._unsent and not self.held:
+        if not self._unsent and not self._held:
             try:
                 sent = self._sock.send(data, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -106,7 +106,7 @@ class Transport:
         if self.is_closing() or self._eof_written:
             return
         self._eof_written = True
-        if self.held:
+        if self._held:
             self.stays = True
         elif not self._unsent:
             self._shut_down()
@@ -120,7 +120,7 @@ class Transport:
         if self.is_closing():
             return
         self._closing = True
-        if self.held:
+        if self._held:
             self.stays = True
         elif self._unsent:
             self._arm()
@@ -209,13 +209,13 @@ class Transport:
 
     def hold(self) -> None:
         """Neither read nor write: the connection is on its way between two processes, and may come back."""
-        self.held = True
+        self._held = True
         self.exported = self._unsent
         self._arm()
 
     def resume(self) -> None:
         """Read and write again, after the connection was held."""
-        self.held = False
+        self._held = False
         if not self._unsent:
             if self._closing:
                 self._lose(None)
@@ -257,7 +257,7 @@ class Transport:
 
     def take_on(self, record: Record) -> None:
         """Become what the record tells, held."""
-        self.held = True
+        self._held = True
         self._eof_received = bool(record.flags & EOF_RECEIVED)
         self._eof_written = bool(record.flags & EOF_WRITTEN)
         self._paused = bool(record.flags & PAUSED)
@@ -278,11 +278,11 @@ class Transport:
     @property
     def at_rest(self) -> bool:
         """Whether it is neither over nor on its way."""
-        return not (self.held or self._lost)
+        return not (self._held or self._lost)
 
     def ready(self, events: int) -> None:
         """Serve what the selector reports."""
-        if self.held:
+        if self._held:
             return
         if self._unsent and events & selectors.EVENT_WRITE:
             self._send_backlog()
@@ -293,6 +293,7 @@ class Transport:
         """Abort; False if it was over already."""
         if self._lost:
             return False
+        self._held = False
         self._lose(None)
         return True
 
@@ -349,9 +350,9 @@ class Transport:
 
     def _arm(self) -> None:
         wanted = 0
-        if not (self._paused or self._eof_received or self._closing or self._lost or self.held):
+        if not (self._paused or self._eof_received or self._closing or self._lost or self._held):
             wanted |= selectors.EVENT_READ
-        if self._unsent and not self.held:
+        if self._unsent and not self._held:
             wanted |= selectors.EVENT_WRITE
         self._loop.watch(self._sock, self._watched, wanted, self)
         self._watched = wanted
@@ -365,7 +366,7 @@ class Transport:
 
         One that is on its way between two processes stays here instead, and is over as soon as it is here again.
         """
-        if self.held:
+        if self._held:
             self._closing = self.stays = True
             self._backlog.clear()
             self._unsent = 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +29,7 @@ from .echo import echo as run_echo
 from .errors import TakeoverError
 
 if TYPE_CHECKING:
+    from .channel import Account
     from .demo import Demo, Tally
 
 CONTROL_OPTION = click.option(
@@ -159,7 +161,54 @@ def echo(listen: tuple[str, ...], no_live: bool, verbose: bool, **options: Any) 
     and the second takes over from the first.
     """
     log_to_standard_error(logging.DEBUG if verbose else logging.INFO)
-    run_echo(listen=listen, live=not no_live, **options)
+    run_echo(listen=listen, live=not no_live, observer=MoveBar() if is_terminal(sys.stderr) else None, **options)
+    end_at_once()
+
+
+def end_at_once() -> None:
+    """Ends the process with status 0: to take an interpreter apart takes longer than to move thousands of clients."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(0)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Also false for a stream that is closed, or was never there."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):
+        return False
+
+
+class MoveBar:
+    """A bar on standard error while live connections move here, gone when all that can move has moved."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+
+    def __call__(self, account: Account) -> None:
+        """Shows how far it is."""
+        if self._progress is None:
+            if account.moved_in >= account.expected:
+                return
+            columns = (
+                TextColumn("moving connections"),
+                BarColumn(),
+                TaskProgressColumn(show_speed=True),
+                TextColumn("{task.completed:,.0f} of {task.total:,.0f} moved, {task.fields[refused]:,} refused"),
+                TimeElapsedColumn(),
+            )
+            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._progress.add_task("", total=account.expected, refused=0)
+            self._progress.start()
+        refused = account.refused.total()
+        (task,) = self._progress.task_ids
+        self._progress.update(task, completed=account.moved_in, total=account.expected, refused=refused)
+        if account.moved_in >= account.expected:
+            self._progress.stop()
+            self._progress = None
 
 
 @main.command()
@@ -215,6 +264,7 @@ def render_account(tally: Tally) -> Table:
         ("takeovers, and one killed half-way", f"{tally.takeovers}"),
         ("new connects tried", f"{tally.connects:,}"),
         ("new connects failed", f"{tally.failed:,}"),
+        ("connections moved from process to process", f"{tally.moved:,}"),
         ("messages echoed to clients that stayed", f"{tally.echoed:,}"),
         ("clients that stayed and lost a message", f"{tally.lost:,}"),
         ("slowest connect during a takeover", f"{tally.slowest[True]:.1f} ms"),
@@ -222,6 +272,18 @@ def render_account(tally: Tally) -> Table:
     ):
         table.add_row(what, value)
     return table
+
+
+def moves_in_words(moved: dict[str, Any]) -> list[tuple[str, str]]:
+    """What has become of the live connections of older processes, a row for each that there is something to tell of."""
+    rows = []
+    if moved.get("in") or moved.get("out"):
+        state = f"{moved['state_bytes']:,} bytes of records, longest standstill {moved['longest_standstill_ms']:.1f} ms"
+        rows.append(("moved", f"{moved['in']:,} in, {moved['out']:,} out; {state}"))
+    for name, label in (("refused", "refused"), ("drained", "not moved")):
+        if moved.get(name):
+            rows.append((label, ", ".join(f"{count:,} {word}" for word, count in moved[name].items())))
+    return rows
 
 
 def render(report: dict[str, Any]) -> Table:
@@ -238,6 +300,8 @@ def render(report: dict[str, Any]) -> Table:
     table.add_row("connections", f"{connections.get('open', 0):,} open")
     for elder in connections.get("draining", []):
         table.add_row("", f"{elder['connections']:,} drain in pid {elder['pid']} (generation {elder['generation']})")
+    for name, text in moves_in_words(report.get("moved") or {}):
+        table.add_row(name, text)
     last = report.get("last_takeover")
     if last:
         phases = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in last["phases"].items())

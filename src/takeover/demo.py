@@ -1,7 +1,7 @@
 """`takeover demo`: the main job before the user's eyes, with real processes, and what it cost the clients.
 
-Some clients stay connected and talk all the time, new ones come all the while; three successors are started one after
-another, and one of them is killed in the middle of its takeover.
+Some clients stay connected and talk all the time, through every generation; new ones come all the while; three
+successors are started one after another, and one of them is killed in the middle of its takeover.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.takeovers = 0
+        self.moved = 0
         self.connects = 0
         self.failed = 0
         self.echoed = 0
@@ -93,7 +94,10 @@ class Demo:
         await asyncio.sleep(0.3)
         self.tally.in_takeover = False
         self.tally.takeovers += 1
-        self.told(f"pid {self.status['pid']} took over from pid {before}; that one serves its clients until they leave")
+        await self._look()
+        moved = self.status["moved"]["in"]
+        self.tally.moved += moved
+        self.told(f"pid {self.status['pid']} took over from pid {before}, with {moved} connections that go on talking")
         await asyncio.sleep(1.5)
 
     async def _kill_half_way(self) -> None:

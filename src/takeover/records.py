@@ -178,6 +178,14 @@ def unseal(descriptor: int) -> memoryview:
     return memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) if size else b"")
 
 
+class Release(NamedTuple):
+    """The body of RELEASED: by index who stays, and the tails of the others."""
+
+    batch: int
+    kept: list[int]
+    tails: dict[int, bytes]
+
+
 def pack_release(batch: int, kept: Sequence[int], tails: Mapping[int, bytes]) -> bytes:
     """The body of RELEASED: which connections stay after all, and what was written to the others in the meantime."""
     parts = [struct.pack(f"!IH{len(kept)}H", batch, len(kept), *kept)]
@@ -186,12 +194,12 @@ def pack_release(batch: int, kept: Sequence[int], tails: Mapping[int, bytes]) ->
     return b"".join(parts)
 
 
-def unpack_release(body: bytes) -> tuple[int, list[int], dict[int, bytes]]:
-    """The number of the batch, who stays, and the tails. Raises RemoteProtocolError."""
+def unpack_release(body: bytes) -> Release:
+    """Raises RemoteProtocolError."""
     try:
         batch, count = struct.unpack_from("!IH", body)
         kept = list(struct.unpack_from(f"!{count}H", body, 6))
-        return batch, kept, dict(_tails(body, 6 + 2 * count))
+        return Release(batch, kept, dict(_tails(body, 6 + 2 * count)))
     except (struct.error, ValueError) as error:
         raise RemoteProtocolError(f"the body of a RELEASED is garbled: {error}") from None
 

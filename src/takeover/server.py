@@ -3,163 +3,45 @@
 from __future__ import annotations
 
 import signal
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from . import listeners
 from ._backend import backend
 from ._backend import loop as native
-from .channel import Account, Channel, End
-from .controller import Server
-from .errors import Aborted, Interrupted, ListenError
+from .channel import Account
+from .errors import Interrupted
 from .exchange import logger
-from .giver import Giver
-from .protocol import Limits
-from .service import Report, Service, join
-from .taker import Taker
+from .loop_server import LoopServer, listen_for_streams, tell_start
+from .service import Service, join
 
 if TYPE_CHECKING:
     import asyncio
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-GUARD = b"\0" * 8 + (1000).to_bytes(8, "little")
-"""A struct timeval of one millisecond. As SO_RCVTIMEO of a listener it bounds accept(2) even where another process that
-shares the listener has made it blocking: O_NONBLOCK belongs to the open file, not to the descriptor."""
 
-
-class NativeServer(Server):
-    """The native loop as a takeover sees it. The methods of Server hop from the control thread to the loop's."""
+class NativeServer(LoopServer):
+    """The native loop as a takeover sees it."""
 
     def __init__(self, drain_timeout: float, live: bool, observer: Callable[[Account], object] | None) -> None:
-        self.loop = native.Loop()
-        self.drain_timeout = drain_timeout
-        self.live = live
-        self.account = Account()
-        self.account.observer = observer
-        self.ends: list[End] = []
-        self.listeners: dict[str, Any] = {}
-        self.failure: Aborted | None = None
+        self.native = native.Loop()
+        super().__init__(self.native, self.native, drain_timeout, live, observer)
         self.member: Service | None = None
         self.signals: list[int] = []
-        self._kept: frozenset[str] = frozenset()
-        self._ending = False
-
-    def start_accepting(self) -> None:
-        self.loop.call_soon_threadsafe(self._start)
-
-    def stop_accepting(self, kept: frozenset[str]) -> None:
-        self._kept = kept
-        self.loop.call_soon_threadsafe(self._stop)
-
-    def drain(self) -> None:
-        self.loop.call_soon_threadsafe(self.end)
-
-    def undone(self, reason: str) -> None:
-        self.failure = Aborted(f"the takeover was undone: {reason or 'the incumbent took the service back'}")
-        self.loop.call_soon_threadsafe(self.end)
-
-    def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.end)
 
     def connections(self) -> int:
-        return int(self.loop.connections)
+        return int(self.native.connections)
 
-    def moves(self) -> dict[str, Any]:
-        return self.account.report()
+    def when_empty(self, callback: Callable[[], object]) -> None:
+        self.native.when_empty(callback)
 
-    def take_connections(self, channel: Channel, limits: Limits) -> None:
-        self._hop(channel, Taker, limits)
+    def abort_connections(self) -> int:
+        return int(self.native.abort_connections())
 
-    def give_connections(self, channel: Channel, limits: Limits) -> None:
-        if self.live:
-            self._hop(channel, Giver, limits)
-        else:
-            channel.close()
-
-    def _hop(self, channel: Channel, kind: type[End], limits: Limits) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self._open, channel, kind, limits)
-        except RuntimeError:  # the loop is closed
-            channel.close()
-
-    def _open(self, channel: Channel, kind: type[End], limits: Limits) -> None:
-        end = kind(self.loop, self.loop, channel, limits, self.account, self._look_whether_done)
-        if isinstance(end, Giver):
-            end.more_to_come = self._takes
-        self.ends.append(end)
-
-    def _takes(self) -> bool:
-        """Whether an older process may still move connections here."""
-        return any(isinstance(end, Taker) and not end.finished for end in self.ends)
-
-    def leave_channels(self) -> None:
-        """What is on its way is put back, or stays with whoever has it."""
-        for end in self.ends:
-            end.leave()
-
-    def after_fork(self) -> None:
-        for end in self.ends:
-            end.close_after_fork()
-        for listener in self.listeners.values():
-            listener.socket.close()
-
-    def end(self) -> None:
-        """Stops accepting and serves what is left, to its end or to the deadline; then the loop stops."""
-        if self._ending:
-            return
-        self._ending = True
-        for name, listener in self.listeners.items():
-            if name in self._kept:
-                listeners.refuse_new(listener.socket)
-                self.loop.call_later(0.2, self._retire, name, listener.accepted)
-            else:
-                listener.stop()
-                listener.socket.close()
-        self._close_when_empty()
-        self.loop.call_later(self.drain_timeout, self._deadline)
-
-    def _start(self) -> None:
-        if not self._ending:
-            self._kept = frozenset()
-            for listener in self.listeners.values():
-                listener.start()
-
-    def _stop(self) -> None:
-        for name, listener in self.listeners.items():
-            if name not in self._kept:
-                listener.stop()
-
-    def _retire(self, name: str, accepted: int) -> None:
-        """Closes a listener that the successor has no use for, once nobody has come out of its queue for a while."""
-        listener = self.listeners[name]
-        if listener.accepted != accepted:
-            self.loop.call_later(0.2, self._retire, name, listener.accepted)
-            return
-        listener.stop()
-        listener.socket.close()
-        self._kept -= {name}
-        self._close_when_empty()
-
-    def _close_when_empty(self) -> None:
-        if not self._kept:
-            self.loop.when_empty(self._look_whether_done)
-
-    def _look_whether_done(self) -> None:
-        """Stops the loop of a server that ends when nothing is open, and nothing is on its way out."""
-        self.ends = [end for end in self.ends if not end.over]
-        giving = any(isinstance(end, Giver) for end in self.ends)
-        if self._ending and not self._kept and not giving and not self.loop.connections:
-            self.loop.stop()
-
-    def _deadline(self) -> None:
-        self.leave_channels()
-        aborted = self.loop.abort_connections()
-        logger.warning("drain deadline of %g s: closed %d connections", self.drain_timeout, aborted)
-        self.loop.stop()
+    def over(self) -> None:
+        self.native.stop()
 
 
 @contextmanager
@@ -210,9 +92,9 @@ def serve(
         try:
             with join(control, server=server, dry_run=dry_run, drain_timeout=drain_timeout, **settings) as member:
                 server.member = member
-                socks = [sock for url in listen for sock in _listen(member, url)]
+                socks = [sock for url in listen for sock in listen_for_streams(member, url)]
                 report = member.ready()
-                _tell(report, listen, dry_run=dry_run)
+                tell_start(report, listen, backend, dry_run=dry_run)
                 if dry_run:
                     return
                 for sock in socks:
@@ -223,15 +105,6 @@ def serve(
             server.loop.close()
     if server.failure is not None:
         raise server.failure
-
-
-def _listen(member: Service, url: str) -> list[socket.socket]:
-    socks = member.listen_all(url)
-    for sock in socks:
-        if sock.type != socket.SOCK_STREAM:
-            raise ListenError(f"listen {url}: the native loop serves stream sockets only")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, GUARD)
-    return socks
 
 
 def _run(server: NativeServer, member: Service) -> None:
@@ -249,28 +122,3 @@ def _run(server: NativeServer, member: Service) -> None:
     server.loop.run()
     member.leave()
     logger.info("ended")
-
-
-def _tell(report: Report, urls: Sequence[str], *, dry_run: bool) -> None:
-    """What the operator reads: which generation this is, and what became of the listeners."""
-    where = ", ".join(urls)
-    if dry_run:
-        whom = f"from pid {report.incumbent}" if report.incumbent else "cold: nothing is running here"
-        logger.info("dry run: a takeover of %s would have worked (%s)", where, whom)
-        return
-    if report.generation == 1:
-        logger.info("serving %s (generation 1, %s)", where, backend)
-        return
-    logger.info(
-        "took over %d listener%s from pid %d (generation %d, %s) in %.0f ms",
-        len(report.adopted),
-        "" if len(report.adopted) == 1 else "s",
-        report.incumbent,
-        report.generation,
-        backend,
-        report.milliseconds,
-    )
-    if report.bound:
-        logger.warning("bound anew, not adopted: %s", ", ".join(report.bound))
-    if report.unused:
-        logger.warning("not used by this version, drained by pid %d: %s", report.incumbent, ", ".join(report.unused))

@@ -15,7 +15,7 @@ def warm_up(member: takeover.Service, url: str) -> Any:
     threading.Event().wait()
 
 
-server._listen = warm_up
+server.listen_for_streams = warm_up
 try:
     echo.echo(**json.loads(sys.argv[1]))
 except takeover.errors.TakeoverError as error:
