@@ -267,13 +267,15 @@ class Room:
 
 
 class Boundaries:
-    """Learns of every boundary that the processes of a room come to (see programs/wishes.py), and may act at one of them.
+    """Learns of every boundary that the processes of a room come to (programs/wishes.py), and may act at some of them.
 
     A process waits at each boundary for an answer, so what is done at it happens there and nowhere else.
     """
 
     def __init__(self, acts: Mapping[str, Callable[[], bool]] | None = None) -> None:
-        """What is to be done at the first boundary of a name; a true answer means that the process hangs there.
+        """What is to be done at the first boundary of a name, or at the third of "name #3".
+
+        A true answer means that the process hangs there.
 
         `reached` is set when everything has been done.
         """
@@ -315,7 +317,8 @@ class Boundaries:
 
     def _hangs(self, step: str) -> bool:
         self.seen.append(step)
-        act = self._acts.pop(step, None)
+        count = self.seen.count(step)
+        act = self._acts.pop(step if count == 1 else f"{step} #{count}", None)
         if act is None:
             return False
         hangs = act()

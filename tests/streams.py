@@ -1,4 +1,4 @@
-"""An independent client of echo servers: many connections, each with a pseudo-random stream that is verified as it returns.
+"""An independent client of echo servers: many connections, each with a pseudo-random stream that it verifies.
 
 Bare sockets and one selector in a thread; nothing here comes from the package under test.
 """

@@ -1,7 +1,8 @@
-"""The state of protocol classes moves with their connections, or they stay where they are: said plainly, counted once."""
+"""The state of protocol classes moves with their connections, or they stay where they are, said plainly and counted."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -257,6 +258,26 @@ def test_a_hundred_mebibytes_of_state_on_one_connection_move(room: Room) -> None
     assert moved["state_bytes"] > 100 * MIB
 
 
+@pytest.mark.parametrize("memory", [60, 240])
+def test_a_state_that_the_next_process_has_no_memory_for_stays_where_it_is(room: Room, memory: int) -> None:
+    """Whether it cannot be mapped, together with what came along with it, or not be copied."""
+    room.tracebacks_allowed = True
+    old = serving(room)
+    others = [room.talker() for _ in range(3)]
+    for talker in others:
+        talker.say()
+    large = room.talker()
+    large.say(f"poison huge {100 * MIB}")
+    new = room.protocols({"memory": memory})
+    room.wait_for_owner(new)
+    old.wait_for("connections to pid")
+    assert large.say()["pid"] == old.pid
+    pids = [talker.pid() for talker in others]
+    assert pids in ([old.pid] * 3, [new.pid] * 3)
+    report = room.status()["moved"]
+    assert (report["in"], sum(report["refused"].values())) == (pids.count(new.pid), 1 + pids.count(old.pid))
+
+
 def test_an_import_that_takes_long_for_each_moves_all(room: Room) -> None:
     old = serving(room)
     talkers = [room.talker() for _ in range(100)]
@@ -311,7 +332,7 @@ def test_a_timer_that_writes_to_all_connections_all_the_time_loses_and_breaks_no
         ticks = [talker.hear()]
         while len([tick for tick in ticks if tick["pid"] == new.pid]) < 5:
             ticks.append(talker.hear())
-        for before, after in zip(ticks, ticks[1:], strict=False):
+        for before, after in itertools.pairwise(ticks):
             if before["pid"] == after["pid"]:
                 assert after["tick"] == before["tick"] + 1
             else:

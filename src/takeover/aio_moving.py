@@ -282,7 +282,8 @@ class Mover:
         self._seats = [seat for seat in self._seats if not seat.empty]
         self._most = 2 * len(self._seats) + 64
 
-    def count(self) -> int:
+    @property
+    def connections(self) -> int:
         """How many connections are open, or about to be; may be called from any thread."""
         seats = sum(not seat.empty for seat in self._seats.copy())
         return seats + len(self.coming) + len(self._arrivals)

@@ -30,6 +30,7 @@ class Taker(End):
         self.left: dict[str, int] = {}
         self._had = self.connections.connections
         self._refused: list[list[Any]] = []
+        self._answered = -1
         self._release = records.Release(0, [], {})
         self.account.expected += self.channel.expected
 
@@ -47,6 +48,7 @@ class Taker(End):
     def message(self, kind: Type) -> None:
         if kind is Type.ADOPTED:
             self.link.send(kind, {"batch": self.batches[-1].number, "room": self._room(), "refused": self._refused})
+            self._answered = self.batches[-1].number
         elif kind is Type.DROPPED:
             self.link.send(kind, {"batch": self._release.batch})
 
@@ -63,11 +65,10 @@ class Taker(End):
             return self.take_token()
         elif action is Do.START_ALL:
             while self.batches:
-                self._serve(self.batches.popleft(), {})
+                self._serve_or_drop(self.batches.popleft())
         elif action is Do.DROP_ALL:
             while self.batches:
-                batch = self.batches.popleft()
-                self.connections.drop_connections(batch.descriptors, batch.skip)
+                self._drop(self.batches.popleft())
         return None
 
     def _adopt(self) -> None:
@@ -124,6 +125,16 @@ class Taker(End):
         if kept:
             self.connections.drop_connections(array("i", [batch.descriptors[index] for index in kept]), ())
         self._serve(batch._replace(skip=batch.skip | set(kept)), tails)
+
+    def _serve_or_drop(self, batch: Batch) -> None:
+        """What was adopted and not answered, since a mistake came in between, is the giver's still."""
+        if batch.number <= self._answered:
+            self._serve(batch, {})
+        else:
+            self._drop(batch)
+
+    def _drop(self, batch: Batch) -> None:
+        self.connections.drop_connections(batch.descriptors, batch.skip)
 
     def _serve(self, batch: Batch, tails: dict[int, bytes]) -> None:
         self.connections.start_connections(batch.descriptors, batch.skip, tails)

@@ -23,11 +23,11 @@ class Base:
     `poison`, set by a line of the client or for all by the test, says how this one fails: see export_state().
     """
 
+    loop: Any
     transport: Any
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] = {"count": 0, "checksum": 0, "partial": "", "poison": WISHES.get("poison", "")}
-        self.loop = loop
         self.full = False
         self.told = 0
 
@@ -105,6 +105,8 @@ class Movable(Base):
         text, _, ballast = bytes(state).partition(b"\0")
         self.kept = json.loads(text)
         self.kept["ballast"] = len(ballast)
+        if self.kept["poison"] == "leave":
+            raise SystemExit(7)
         if self.kept["poison"] == "refuse":
             raise ValueError("the state cannot be imported")
         if self.kept["poison"].partition(" ")[0] == "huge":
@@ -191,7 +193,7 @@ class Lines(Movable if not WISHES.get("unmovable") else Base):  # type: ignore[m
             "local": self.transport.get_extra_info("sockname"),
             **self.kept,
         }
-        self.transport.write(json.dumps(answer).encode() + b"\n")
+        self.transport.write(json.dumps(answer, default=repr).encode() + b"\n")
 
     def tick(self) -> None:
         self.kept["ticks"] = self.kept.get("ticks", 0) + 1
@@ -202,22 +204,21 @@ class Lines(Movable if not WISHES.get("unmovable") else Base):  # type: ignore[m
 def tick() -> None:
     for protocol in list(open_protocols):
         protocol.tick()
-    loop.call_later(WISHES["timer"], tick)
+    Base.loop.call_later(WISHES["timer"], tick)
 
 
 class Server(server.NativeServer):
     """Lets the protocols have the loop."""
 
     def __init__(self, *arguments: Any) -> None:
-        global loop
         super().__init__(*arguments)
-        loop = self.loop
+        Base.loop = self.loop
         if "timer" in WISHES:
-            loop.call_later(WISHES["timer"], tick)
+            self.loop.call_later(WISHES["timer"], tick)
 
 
 def main() -> None:
-    """Its argument: {"options" of serve(), "kind": "Lines" or "Sums", what prepare() grants, and what is looked up here}."""
+    """Its argument: {"options" of serve(), "kind": "Lines" or "Sums", what prepare() grants, and more}."""
     prepare(WISHES)
     server.NativeServer = Server  # type: ignore[misc]
     try:

@@ -1,9 +1,10 @@
-"""What the tests may do to any of the programs that serve: short limits, boundaries to wait at, few or high descriptors."""
+"""What the tests may do to any program that serves: short limits, boundaries to wait at, few or high descriptors."""
 
 import contextlib
 import functools
 import logging
 import os
+import pathlib
 import resource
 import socket
 import threading
@@ -12,6 +13,8 @@ from typing import Any
 import takeover
 from takeover import service
 from takeover.exchange import Exchange
+from takeover.giver import Giver
+from takeover.taker import Taker
 
 
 def report_boundaries(name: str) -> None:
@@ -32,12 +35,34 @@ def report_boundaries(name: str) -> None:
     Exchange.boundary = boundary
 
 
+def break_channel(how: str) -> None:
+    """A mistake in one end: records that are garbled, or an exception in the middle of an adoption."""
+
+    def garble(self: Giver, body: bytes, descriptors: Any) -> None:
+        send_batch(self, body[:-1], descriptors)
+
+    def fail(self: Taker, kind: Any) -> None:
+        raise RuntimeError("a mistake in the taker")
+
+    send_batch = Giver._send_batch
+    if how == "garbled":
+        Giver._send_batch = garble  # type: ignore[method-assign]
+    else:
+        Taker.message = fail  # type: ignore[method-assign]
+
+
 def prepare(wishes: dict[str, Any]) -> None:
-    """Grants "nofile", "above", "boundaries" and "limits"."""
+    """Grants "broken" (how), "nofile", "memory" (MiB more than now), "above", "boundaries" and "limits"."""
     logging.raiseExceptions = False
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
     if "nofile" in wishes:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wishes["nofile"], wishes["nofile"]))
+    if "broken" in wishes:
+        break_channel(wishes["broken"])
+    if "memory" in wishes:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (wishes["memory"] << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for _ in range(wishes.get("above", 0)):
         os.dup(0)
     if "boundaries" in wishes:
