@@ -416,7 +416,7 @@ def test_a_successor_that_is_interrupted_before_the_commit_changes_nothing(aio: 
         second.signal(signal.SIGINT)
         if step == "incumbent at JOIN":
             first.signal(signal.SIGCONT)
-        assert second.wait() not in (0, -signal.SIGKILL)
+        assert second.wait() not in (0, -signal.SIGKILL), second.text
         first.signal(signal.SIGCONT)
         eventually(lambda: aio.room.owner() == first.pid, "the incumbent serves on")
         assert client.ask()["count"] == 2

@@ -9,6 +9,7 @@ import os
 import signal
 import ssl
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -167,7 +168,7 @@ def signal_at(step: str, signum: int) -> Callable[[str], None]:
 
     def boundary(name: str) -> None:
         if name == step:
-            os.kill(os.getpid(), signum)
+            signal.pthread_kill(threading.get_ident(), signum)  # this thread does not go one step further
 
     return boundary
 
@@ -187,7 +188,7 @@ async def serve(wishes: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Its argument: {"loop", "kind", "options" of create_server(), "limits", "versions", "certificate", "die_at", "stop_at"}."""
+    """Its argument: {"loop", "kind", "options", "limits", "versions", "certificate", "die_at" or "stop_at"}."""
     wishes: dict[str, Any] = json.loads(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
     if "limits" in wishes:
