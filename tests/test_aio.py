@@ -287,6 +287,28 @@ def test_a_client_that_has_sent_its_end_of_file_moves_and_is_told_what_comes_lat
         assert first.wait() == 0
         whole.say("tell news")
         assert half.read_line() == f"{second.pid} news"
+        third = aio.start("lines")
+        assert second.wait() == 0
+        whole.say("tell more")
+        assert half.read_line() == f"{third.pid} more"
+
+
+def test_who_has_paused_reading_moves_and_reads_when_it_wants(aio: Aio) -> None:
+    first = aio.start("lines")
+    with Client(aio.room) as paused, Client(aio.room) as other:
+        paused.ask("pause")
+        paused.say("patience")
+        other.ask()
+        for _ in range(3):
+            last = aio.start("lines")
+            assert first.wait() == 0
+            for _ in range(5):
+                assert heard(other.ask()) == 1
+            first = last
+        other.ask("wake")
+        answer = json.loads(paused.read_line())
+        assert (answer["pid"], answer["count"]) == (last.pid, 2)
+        assert paused.ask()["count"] == 3
 
 
 def test_a_connection_on_which_the_server_has_sent_its_end_of_file_moves_and_is_heard(aio: Aio) -> None:

@@ -29,6 +29,9 @@ class Transport:
     def __init__(self) -> None:
         self.reading = True
 
+    def is_closing(self) -> bool:
+        return False
+
     def pause_reading(self) -> None:
         self.reading = False
 

@@ -76,7 +76,7 @@ class Reader(asyncio.StreamReader):
     def set_transport(self, transport: asyncio.BaseTransport) -> None:
         super().set_transport(transport)
         self._feeder = transport
-        self._pause_if_full()
+        self._own_loop.call_soon(self._pause_if_full)  # loops begin to read after this, whoever has paused them
 
     def set_exception(self, exc: Exception) -> None:
         super().set_exception(exc)
@@ -182,7 +182,8 @@ class Reader(asyncio.StreamReader):
         return data
 
     def _pause_if_full(self) -> None:
-        if self._feeder is not None and len(self.buffer) > 2 * self._own_limit:
+        full = len(self.buffer) > 2 * self._own_limit
+        if full and self._feeder is not None and not self._feeder.is_closing():
             self._feeder.pause_reading()
             self._full = True
 

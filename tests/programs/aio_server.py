@@ -61,6 +61,11 @@ def obey(writer: Any, words: list[str]) -> None:
         writer.write(b"x" * int(words[1]))
     elif words[0] == "end":
         writer.write_eof()
+    elif words[0] == "pause":
+        writer.pause_reading()
+    elif words[0] == "wake":
+        for each in WRITERS:
+            each.resume_reading()
     elif words[0] == "tell":
         for each in WRITERS:
             with contextlib.suppress(RuntimeError):  # it has sent its end of file
