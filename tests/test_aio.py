@@ -398,6 +398,32 @@ def test_when_the_incumbent_is_killed_in_a_move_its_connections_are_the_successo
             assert (answer["pid"], answer["count"]) == (second.pid, 2)
 
 
+@BOTH
+@pytest.mark.parametrize("who", ["taker before ADOPTED", "giver after CONNECTIONS"])
+def test_when_one_end_of_a_move_is_stopped_the_other_serves_on_and_stays_the_only_one(
+    aio: Aio, kind: str, who: str
+) -> None:
+    stops = {"stop_at": who}
+    first = aio.start(kind, **(stops if who.startswith("giver") else {}))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(aio.room)) for _ in range(5)]
+        for client in clients:
+            client.ask()
+        second = aio.start(kind, settled=False, **(stops if who.startswith("taker") else {}))
+        sleeper = first if who.startswith("giver") else second
+        eventually(lambda: state_of(sleeper.pid) == "T", "it has come to the step, and stands still")
+        pids = {client.served_by() for client in clients}
+        sleeper.signal(signal.SIGCONT)
+        for client in clients:
+            answer = client.ask()
+            assert answer["count"] == 3
+            pids.add(answer["pid"])
+        assert len(pids) == 1
+        if who.startswith("giver"):
+            assert pids == {second.pid} and first.wait() == 0
+    assert first.wait() == 0
+
+
 def test_an_incumbent_accepts_again_when_its_successor_dies_in_probation(aio: Aio) -> None:
     first = aio.start("lines", options={"probation": 2.0})
     second = aio.start("lines", settled=False, die_at="successor after ALIVE")
