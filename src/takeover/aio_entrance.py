@@ -46,11 +46,12 @@ class Home:
 class Seat:
     """One connection of this loop, from its connection_made() until its socket is closed. `stays` for good, or not."""
 
-    __slots__ = ("hold", "home", "socket", "stays", "stream", "times", "transport")
+    __slots__ = ("family", "hold", "home", "socket", "stays", "stream", "times", "transport")
 
     def __init__(self, transport: Any, home: Home, protocol: Any, times: int) -> None:
         self.transport = transport
         self.socket = transport.get_extra_info("socket")
+        self.family = int(self.socket.family)
         self.home = home
         self.stream = protocol if isinstance(protocol, Stream) else None
         self.times = times

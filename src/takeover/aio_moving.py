@@ -57,7 +57,7 @@ class Hold(asyncio.Protocol):
             return True
         if isinstance(self.protocol, Stream) and self.protocol.reader.turns != self._turns:
             return True
-        return _eof_written(descriptor) is not self.eof_written
+        return _eof_written(descriptor, self.seat.family) is not self.eof_written
 
     def undo(self) -> None:
         """The connection is served here again."""
@@ -234,13 +234,17 @@ class Mover:
         if home is None:
             raise Stays("listener")
         try:
-            with BorrowedSocket(descriptor) as borrowed:
-                family, kind = borrowed.family, borrowed.type
+            sock = socket.socket(fileno=descriptor)
         except OSError:
             raise Stays("socket") from None
-        if kind != socket.SOCK_STREAM:
-            raise Stays("socket")
-        protocol = protocol_for(home, record)
+        try:
+            if sock.type != socket.SOCK_STREAM:
+                raise Stays("socket")
+            protocol = protocol_for(home, record)
+        except BaseException:
+            sock.detach()
+            raise
+        sock.setblocking(False)
         moved = Moved(generation, min(record.times + 1, 255))
         if isinstance(protocol, Stream):
             protocol.connection.moved = moved
@@ -249,8 +253,6 @@ class Mover:
                 protocol.reader.feed_eof()
         # The parts of a record lead into a buffer that is large, or is gone when the batch is.
         record = record._replace(unread=bytes(record.unread), unsent=bytes(record.unsent), state=b"")
-        sock = socket.socket(family, kind, fileno=descriptor)
-        sock.setblocking(False)
         return Arrival(home, record, sock, protocol, moved)
 
     def start_connections(self, descriptors: array[int], skip: Collection[int], tails: Mapping[int, bytes]) -> None:
@@ -307,7 +309,7 @@ def _export(seat: Seat) -> tuple[bytes, int]:
     except OSError:
         raise Stays("busy") from None  # no descriptor left at the moment
     try:
-        eof_written = _eof_written(descriptor)
+        eof_written = _eof_written(descriptor, seat.family)
         record = _record(seat, protocol, version, state, EOF_WRITTEN * eof_written)
     except BaseException as error:
         os.close(descriptor)
@@ -335,15 +337,15 @@ def _record(seat: Seat, protocol: Any, version: int, state: bytes, flags: int) -
         flags |= EOF_RECEIVED * protocol.knows_end
     low, high = (min(mark, 0xFFFFFFFF) for mark in transport.get_write_buffer_limits())
     name = transport.get_extra_info("peername")
-    peer = b"" if name is None else pack_peer(seat.socket.family, name)
+    peer = b"" if name is None else pack_peer(seat.family, name)
     return Record(seat.home.inode, flags, seat.times, peer, version, high, low, unread, b"", state).pack()
 
 
-def _eof_written(descriptor: int) -> bool:
+def _eof_written(descriptor: int, family: int) -> bool:
     """Whether we have sent FIN; a transport does not tell."""
-    with BorrowedSocket(descriptor) as sock:
+    with BorrowedSocket(descriptor, family, socket.SOCK_STREAM, 0) as sock:
         try:
-            if sock.family != socket.AF_UNIX:
+            if family != socket.AF_UNIX:
                 return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in FIN_SENT
             sock.send(b"", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         except BrokenPipeError:
