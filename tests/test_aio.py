@@ -277,6 +277,22 @@ def test_a_connection_with_tls_drains(aio: Aio, kind: str, certificate: tuple[st
     assert first.wait() == 0
 
 
+def test_a_client_that_fails_in_the_handshake_does_not_count_as_connected(
+    aio: Aio, certificate: tuple[str, str]
+) -> None:
+    server = aio.start("echo", certificate=certificate)
+    with aio.room.connect() as sock:
+        eventually(lambda: aio.room.status()["connections"]["open"] == 1, "the handshake counts")
+        sock.sendall(b"this is not TLS\n" * 10)
+        with contextlib.suppress(ConnectionResetError):
+            while sock.recv(1000):
+                pass
+    eventually(lambda: aio.room.status()["connections"]["open"] == 0, "it is forgotten")
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert "deadline" not in server.text
+
+
 def test_a_client_that_has_sent_its_end_of_file_moves_and_is_told_what_comes_later(aio: Aio) -> None:
     first = aio.start("lines")
     with Client(aio.room) as half, Client(aio.room) as whole:

@@ -83,7 +83,7 @@ class Hold(asyncio.Protocol):
             except Exception:
                 log.exception("connection_moved raised")
         if isinstance(self.protocol, Stream):
-            self.protocol.reader.free()
+            self.protocol.reader.give_away()
 
     def data_received(self, data: bytes) -> None:
         self._heard = True

@@ -73,6 +73,12 @@ class Reader(asyncio.StreamReader):
             _wake(self._release)
             self._release = None
 
+    def give_away(self) -> None:
+        """What it holds is another's now; whoever still waits here finds the end of file."""
+        self.buffer.clear()
+        self.feed_eof()
+        self.free()
+
     def set_transport(self, transport: asyncio.BaseTransport) -> None:
         super().set_transport(transport)
         self._feeder = transport
