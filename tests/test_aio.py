@@ -244,6 +244,25 @@ def test_a_handler_that_was_made_to_wait_for_its_client_moves_and_is_told_to_go_
         assert receive_exactly(sock, 5) == b"after"
 
 
+def test_a_protocol_goes_from_the_native_loop_to_this_one_and_back_with_all_that_is_unsent(aio: Aio) -> None:
+    size = 16 << 20
+    first = aio.start("lines", loop="native")
+    with Client(aio.room) as slow, Client(aio.room) as quick:
+        quick.ask()
+        slow.say(f"fill {size}")
+        assert receive_exactly(slow.sock, 1) == b"x"
+        second = aio.start("lines")
+        assert first.wait() == 0
+        answer = quick.ask()
+        assert (answer["pid"], answer["count"], answer["times"]) == (second.pid, 2, 1)
+        assert receive_exactly(slow.sock, size - 1) == b"x" * (size - 1)
+        third = aio.start("lines", loop="native")
+        assert second.wait() == 0
+        for client in (slow, quick):
+            answer = client.ask()
+            assert (answer["pid"], answer["times"]) == (third.pid, 2)
+
+
 @pytest.fixture
 def certificate(aio: Aio) -> tuple[str, str]:
     if shutil.which("openssl") is None:

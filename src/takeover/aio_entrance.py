@@ -27,9 +27,13 @@ _moved: weakref.WeakKeyDictionary[asyncio.BaseTransport, Moved] = weakref.WeakKe
 def moved(transport: asyncio.BaseTransport) -> Moved | None:
     """Where a connection came from, and how often it has moved; None for one that was accepted in this process.
 
-    On the native loop transport.get_extra_info("takeover") tells it; a transport of asyncio takes no such addition.
+    It knows the native loop's transports too, whose get_extra_info("takeover") tells it; asyncio's take no addition.
     """
-    return _moved.get(transport)
+    known: Moved | None = transport.get_extra_info("takeover")
+    if known is None:
+        with contextlib.suppress(TypeError):  # a transport without weak references is none of asyncio's
+            known = _moved.get(transport)
+    return known
 
 
 class Home:
@@ -62,6 +66,13 @@ class Seat:
     def empty(self) -> bool:
         """Whether the connection is over: its socket is closed, and its handler has ended."""
         return self.socket.fileno() < 0 and (self.stream is None or self.stream.over)
+
+    @property
+    def ends(self) -> bool:
+        """Whether its socket is closed, or about to be in this turn of the loop."""
+        if self.socket.fileno() < 0:
+            return True
+        return self.transport.is_closing() and not self.transport.get_write_buffer_size()
 
 
 class Arrival:

@@ -172,7 +172,7 @@ class Mover:
             if len(descriptors) == most or total >= size:
                 return b"".join(records), descriptors, number
             seat = self._round[number]
-            if seat.stays or seat.hold is not None or seat.socket.fileno() < 0:
+            if seat.stays or seat.hold is not None or seat.ends:
                 continue
             try:
                 record, descriptor = _export(seat)

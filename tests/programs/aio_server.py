@@ -1,4 +1,4 @@
-"""A server on asyncio or uvloop that echoes, or that obeys the lines its clients send and keeps count of them."""
+"""A server on any loop that echoes, or that obeys the lines its clients send and keeps count of them."""
 
 import asyncio
 import contextlib
@@ -203,6 +203,9 @@ def main() -> None:
     if "stop_at" in wishes:
         Exchange.boundary = signal_at(wishes["stop_at"], signal.SIGSTOP)
     try:
+        if wishes["loop"] == "native":
+            takeover.serve(KINDS[wishes["kind"]], **wishes["options"])
+            return
         if wishes["loop"] == "uvloop":
             import uvloop
 
