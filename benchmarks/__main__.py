@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from . import build, echo, importing, memory, passing, plots, report, restarts, results, soak
+from . import build, echo, importing, memory, moves, passing, plots, report, restarts, results, soak
 from .plan import Plan
 from .processes import LOAD_CPU, SERVER_CPU, raise_descriptor_limit
 
@@ -23,6 +23,7 @@ CASES: dict[str, Callable[[Plan], None]] = {
     "passing": passing.passing,
     "import": importing.importing,
     "restarts": restarts.restarts,
+    "moves": moves.moves,
 }
 
 

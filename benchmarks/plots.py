@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from .moves import CURVE, MOVERS, by_number
 from .restarts import NO_RESTART, RESTARTS
 from .results import Document
 from .subjects import AGAIN, REFERENCE
@@ -14,7 +15,7 @@ OURS, THEIRS, REFERENCE_COLOUR, BAD = "#1b7f5c", "#9aa5b1", "#3b4a5a", "#c2412d"
 
 
 def _colour(subject: str) -> str:
-    if subject == REFERENCE:
+    if subject.startswith(REFERENCE):
         return REFERENCE_COLOUR
     return OURS if subject.startswith("takeover") else THEIRS
 
@@ -166,6 +167,55 @@ def _curve(case: str) -> Callable[[Document, Any], bool]:
     return draw
 
 
+def _moves(document: Document, figure: Any) -> bool:
+    """How long the largest number of idle clients took to move, and how long each of as many that talk stood still."""
+    cells = [cell for cell in document.cells("moves") if cell.endswith(" talking")]
+    if not cells:
+        return False
+    talking = max(cells, key=lambda cell: int(cell.split()[0]))
+    idle = talking.replace("talking", "idle")
+    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    order = [mover.name for mover in MOVERS if mover.name != AGAIN]
+    for axes, cell, measure, title in (
+        (left, idle, "move_ms", f"{idle}: until the last has moved"),
+        (right, talking, "worst_ms", f"{talking}: worst standstill that a client saw"),
+    ):
+        rows = [row for name in order if (row := document.find("moves", cell, name)) and row.samples.get(measure)]
+        names = [row.subject for row in rows]
+        values = [row.median(measure) or 0 for row in rows]
+        _bars(axes, names, values, "{:,.1f} ms".format, [_colour(name) for name in names])
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.set_title(title, fontsize=10)
+    figure.suptitle("Moving established connections to the next process (less is better)")
+    figure.set_size_inches(13, 0.9 + 0.28 * len(order))
+    return True
+
+
+def _moves_by_number(document: Document, figure: Any) -> bool:
+    cells = by_number(document)
+    if len(cells) < 2:
+        return False
+    axes = figure.add_subplot()
+    for mover in CURVE:
+        rows = [document.find("moves", cell, mover.name) for cell in cells]
+        points = [(int(row.cell.split()[0]), row.median("move_ms")) for row in rows if row]
+        if points and mover.name != AGAIN:
+            axes.plot(*zip(*points, strict=True), marker="o", label=mover.name, color=_colour(mover.name))
+    axes.set(xscale="log", yscale="log", xlabel="idle connections", ylabel="ms until the last has moved")
+    axes.set_xticks([int(cell.split()[0]) for cell in cells], minor=False)
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.yaxis.set_minor_formatter("")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.suptitle("Moving established connections, by their number")
+    figure.set_size_inches(7, 4)
+    return True
+
+
 PLOTS: dict[str, Callable[[Document, Any], bool]] = {
     "echo": _echo,
     "stream": _single(
@@ -177,6 +227,8 @@ PLOTS: dict[str, Callable[[Document, Any], bool]] = {
     "restarts": _restarts,
     "timeline": _curve("restarts"),
     "soak": _curve("soak"),
+    "moves": _moves,
+    "moves_by_number": _moves_by_number,
 }
 
 

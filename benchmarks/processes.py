@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from . import build
@@ -19,6 +19,8 @@ from . import build
 ROOT = pathlib.Path(__file__).parent.parent
 _CPUS = sorted(os.sched_getaffinity(0))
 SERVER_CPU, LOAD_CPU = _CPUS[0], _CPUS[-1]
+OTHER_CPUS = frozenset(_CPUS) - {SERVER_CPU, LOAD_CPU} or frozenset(_CPUS)
+"""For the clients of two servers that have a CPU each; where there is no third one, the kernel finds them room."""
 
 
 def raise_descriptor_limit() -> int:
@@ -36,11 +38,11 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **extra}
 
 
-def start(command: Sequence[str], cpu: int, **options: Any) -> subprocess.Popen[str]:
-    """Start a process (and whatever it will start) on one CPU."""
+def start(command: Sequence[str], cpu: int | Iterable[int], **options: Any) -> subprocess.Popen[str]:
+    """Start a process (and whatever it will start) on one CPU, or on any of several."""
     options.setdefault("env", environment())
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {cpu})
+    os.sched_setaffinity(0, {cpu} if isinstance(cpu, int) else cpu)
     try:
         return subprocess.Popen(command, text=True, **options)
     finally:
@@ -99,6 +101,11 @@ def private_memory(pid: int) -> int:
         if line.startswith(("Private_Clean:", "Private_Dirty:", "Private_Hugetlb:")):
             kib += int(line.split()[1])
     return kib * 1024
+
+
+def cpu_ns(pid: int) -> int:
+    """CPU time of all threads of a process so far, brought up to this instant (clock_getcpuclockid(3))."""
+    return time.clock_gettime_ns(~pid << 3 | 2)
 
 
 def stolen_ms() -> int:

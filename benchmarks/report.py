@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from rich.console import Console
 from rich.table import Table
 
+from .moves import CURVE, by_number
 from .restarts import NO_RESTART, RESTARTS
 from .results import Document, Row
 from .targets import targets
@@ -126,6 +127,77 @@ def _restarts(document: Document, case: str) -> Table:
     return table
 
 
+IDLE = (
+    ("moved in", "move_ms"),
+    ("beside C", ""),
+    ("longest batch", "longest_batch_ms"),
+    ("old one gone after", "gone_ms"),
+    ("CPU, servers", "server_cpu_ms"),
+    ("CPU, clients", "client_cpu_ms"),
+    ("CPU, old one's end", "exit_cpu_ms"),
+    ("lost", "lost"),
+)
+TALKING = (
+    ("moved in", "move_ms"),
+    ("longest batch", "longest_batch_ms"),
+    ("old one gone after", "gone_ms"),
+    ("stood still, p50", "p50_ms"),
+    ("p99", "p99_ms"),
+    ("worst", "worst_ms"),
+    ("own stall", "own_stall_ms"),
+    ("lost", "lost"),
+)
+"""Columns of the moves: title, measure."""
+
+
+def _moves(document: Document) -> Iterable[Table]:
+    """A table for each number of clients that are idle or talk, and one over the numbers."""
+    captions = {
+        IDLE: "C moves the bare connections; longest batch: how long it was between the two loops; CPU: from the "
+        "commit until the last connection has moved",
+        TALKING: "what the clients saw: the longest round trip of each while they moved (in brackets: in as long a "
+        "time before), the worst of all rounds; own stall: the longest time for which their program itself did not "
+        "run, so that a standstill up to it proves nothing",
+    }
+    for cell in document.cells("moves"):
+        rows = [row for row in document.rows if (row.case, row.cell) == ("moves", cell)]
+        if {row.subject for row in rows} <= {mover.name for mover in CURVE}:
+            continue
+        columns = TALKING if cell.endswith(" talking") else IDLE
+        title = f"Moving {cell} connections, ms"
+        table = _table(title, ["", *(title for title, _ in columns)], captions[columns])
+        for row in rows:
+            table.add_row(row.subject, *(_moved(document, row, measure) for _, measure in columns))
+        yield table
+    cells = by_number(document)
+    if not cells:
+        return
+    table = _table("Moving idle connections, by their number: ms (ratio to C)", ["", *cells])
+    for mover in CURVE:
+        found = [document.find("moves", cell, mover.name) for cell in cells]
+        if any(found):
+            table.add_row(mover.name, *(_beside_c(document, row) if row else "–" for row in found))
+    yield table
+
+
+def _beside_c(document: Document, row: Row) -> str:
+    return _beside(row.median("move_ms"), document.ratio(row, "move_ms"))
+
+
+def _moved(document: Document, row: Row, measure: str) -> str:
+    if not measure:
+        return _number(document.ratio(row, "move_ms"))
+    if measure == "lost":
+        return _number(sum(row.samples[measure]), 0) if measure in row.samples else "–"
+    if f"quiet_{measure}" in row.samples:
+        return _beside(_median_or_worst(row, measure), _median_or_worst(row, f"quiet_{measure}"))
+    return _number(_median_or_worst(row, measure))
+
+
+def _median_or_worst(row: Row, measure: str) -> float | None:
+    return row.worst(measure) if measure.endswith("worst_ms") else row.median(measure)
+
+
 def _targets(document: Document) -> Table | None:
     found = targets(document)
     if not found:
@@ -159,6 +231,8 @@ def tables(document: Document) -> Iterable[Table]:
     for case in ("restarts", "soak"):
         if case in cases:
             yield _restarts(document, case)
+    if "moves" in cases:
+        yield from _moves(document)
     if (found := _targets(document)) is not None:
         yield found
 

@@ -45,6 +45,10 @@ class Row:
         values = self.samples.get(measure)
         return statistics.median(values) if values else None
 
+    def worst(self, measure: str) -> float | None:
+        """The largest of all rounds, or None if it was not measured."""
+        return max(self.samples.get(measure, ()), default=None)
+
 
 @dataclasses.dataclass
 class Document:

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from .importing import OURS
+from .moves import DRAINED
 from .restarts import NO_RESTART, RESTARTS
 from .results import Document, Row
-from .subjects import AGAIN
+from .subjects import AGAIN, REFERENCE
 
 NATIVE, PROTOCOL = "takeover native, cython", "takeover protocol, cython"
 
@@ -106,10 +107,64 @@ def _restarts(document: Document, case: str) -> Iterable[Target]:
         yield Target(f"{prefix}: longest gap", "≤ 5 ms", measured, gap <= 5)
 
 
+def _move_time(document: Document) -> Iterable[Target]:
+    """Beside the C program that moves bare connections; where there is state, beside C that carries as much, too."""
+    for subject, bound, likewise in (
+        (NATIVE, 1.25, ""),
+        (f"{PROTOCOL}, 64 B", 2.5, f"{REFERENCE}, 64 B"),
+        (AGAIN, 0, ""),
+    ):
+        row = document.find("moves", "9000 idle", subject)
+        ratio = row and document.ratio(row, "move_ms")
+        if row is None or ratio is None:
+            continue
+        what = f"moving 9,000 idle connections, {subject}: beside C"
+        if subject == AGAIN:
+            yield Target(f"{what}: what noise makes", "–", _figure(ratio), None)
+            continue
+        measured = f"{ratio:.2f} ({row.median('move_ms'):.1f} ms)"
+        if likewise:
+            measured += f"; beside C with as much state {_figure(document.ratio(row, 'move_ms', likewise))}"
+        yield Target(what, f"≤ {bound}", measured, ratio <= bound)
+
+
+def _moves(document: Document) -> Iterable[Target]:
+    yield from _move_time(document)
+    for subject in (NATIVE, f"{PROTOCOL}, 64 B"):
+        row = document.find("moves", "9000 talking", subject)
+        if row is not None:
+            p99, worst = row.median("p99_ms") or 0, row.worst("worst_ms") or 0
+            quiet, stall = row.worst("quiet_worst_ms") or 0, row.worst("own_stall_ms") or 0
+            what = f"standstill while 9,000 talk, {subject}"
+            yield Target(f"{what}: p99", "≤ 10 ms", f"{p99:.2f} ms", p99 <= 10)
+            measured = f"{worst:.2f} ms; without a takeover {quiet:.2f} ms, the clients' own stall {stall:.2f} ms"
+            yield Target(f"{what}: worst of all rounds", "≤ 30 ms", measured, worst <= 30)
+    row = document.find("moves", "9000 idle", NATIVE)
+    if row is not None:
+        gone = row.median("gone_ms") or 0
+        measured = f"{gone:.1f} ms, of which {row.median('exit_cpu_ms') or 0:.1f} ms are CPU"
+        yield Target("old process gone after the last of 9,000 has moved", "≤ 20 ms", measured, gone <= 20)
+        drained = document.ratio(row, "cpu_ms", DRAINED)
+        if drained:
+            what = f"CPU of {DRAINED} of 9,000 beside moving them, servers and clients"
+            yield Target(what, "≥ 10", f"{1 / drained:.1f}", drained <= 0.1)
+    for kind in ("uvloop", "asyncio"):
+        for row in _rows(document, "moves", f"takeover.aio on {kind}, 64 B"):
+            if row.cell == "1000 talking":
+                moved, worst = row.median("move_ms") or 0, row.worst("worst_ms") or 0
+                what = f"moving 1,000 talking connections, {row.subject}"
+                yield Target(f"{what}: time", "≤ 150 ms", f"{moved:.1f} ms", moved <= 150)
+                yield Target(f"{what}: worst standstill", "≤ 60 ms", f"{worst:.2f} ms", worst <= 60)
+    rows = [row for row in document.rows if row.case == "moves" and "lost" in row.samples]
+    if rows:
+        lost, takeovers = sum(sum(row.samples["lost"]) for row in rows), sum(len(row.samples["lost"]) for row in rows)
+        yield Target(f"connections lost or garbled in {takeovers} takeovers", "0", f"{lost:.0f}", not lost)
+
+
 def targets(document: Document) -> list[Target]:
     """Every target that the document has rows for."""
     found = [*_echo(document), *_stream(document), *_memory(document), *_passing(document)]
-    found += [*_restarts(document, "restarts"), *_restarts(document, "soak")]
+    found += [*_restarts(document, "restarts"), *_restarts(document, "soak"), *_moves(document)]
     for row in _rows(document, "import", OURS):
         ratio = document.ratio(row, "ms")
         if ratio is not None:

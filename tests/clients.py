@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import socket
@@ -39,6 +40,46 @@ def echo_once(sock: socket.socket, data: bytes) -> None:
     """Sends, and receives the same."""
     sock.sendall(data)
     assert receive_exactly(sock, len(data)) == data
+
+
+class Talker:
+    """A connection to programs/protocol_server.py in its lines mode: each line gets an answer, in order."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sock.settimeout(LIMIT)
+        self._file = sock.makefile("rb")
+
+    def send(self, text: str) -> None:
+        self.sock.sendall(text.encode())
+
+    def say(self, line: str = "hello") -> dict[str, Any]:
+        self.send(f"{line}\n")
+        return self.hear()
+
+    def hear(self) -> dict[str, Any]:
+        """The next answer."""
+        line = self._file.readline()
+        if not line.endswith(b"\n"):
+            raise ConnectionResetError(f"the answer ends after {line!r}")
+        return dict(json.loads(line))
+
+    def rest(self) -> bytes:
+        """Everything up to the end of the connection."""
+        return self._file.read()
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        assert data is not None
+        return data
+
+    def pid(self) -> int:
+        """Who serves it."""
+        return int(self.say()["pid"])
+
+    def close(self) -> None:
+        self._file.close()
+        self.sock.close()
 
 
 class Pounder:

@@ -15,6 +15,7 @@ before any of them:
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -97,7 +98,7 @@ class Rules(NamedTuple):
 class Violation(AssertionError):
     """A predicate does not hold; the shortest way there."""
 
-    def __init__(self, name: str, trace: list[str], world: World) -> None:
+    def __init__(self, name: str, trace: list[str], world: object) -> None:
         super().__init__(f"{name}, after: " + "; ".join(trace) + f"\n{world}")
         self.name = name
         self.trace = trace
@@ -137,7 +138,7 @@ class Explorer:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.tables: tuple[Rows, Rows] = (_by_name(rules.incumbent), _by_name(rules.successor))
+        self.tables: tuple[Rows, Rows] = (by_name(rules.incumbent), by_name(rules.successor))
         self.rows: set[tuple[str, str, str]] = set()
 
     def next(self, world: World) -> Iterator[tuple[str, World]]:
@@ -335,6 +336,8 @@ class Explorer:
                 event = "GOT_NOTHING"
             links = (*world.links[:index], taken, *world.links[index + 1 :])
             yield f"{text}: {event}", _event(world._replace(links=links), index, role, event)
+        elif action == "OPEN_CHANNEL":
+            yield text, self._send(world, index, role, "TAKE")
         elif action == "CLOSE":
             yield text, _side(world, index, role, side._replace(closed=True, inbox=()))
         else:
@@ -375,7 +378,7 @@ class OutOfTurn(Exception):
     """An honest peer, or this side, did something that the tables have no row for."""
 
 
-def _by_name(table: Table) -> Rows:
+def by_name(table: Table) -> Rows:
     rows: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {}
     for (state, event), (after, actions) in table.items():
         rows.setdefault(state.name, {})[event.name] = (after.name, tuple(action.name for action in actions))
@@ -439,10 +442,17 @@ def walk(rules: Rules, checks: Mapping[str, Check]) -> Walk:
     Raises Violation, with the shortest way to the first world in which a check is false, an event out of turn comes
     up, or something happens again and again without end.
     """
-    collecting = gc.isenabled()
-    gc.disable()  # millions of tuples, none of them in a circle
-    try:
+    with without_collecting():
         return _walk(rules, checks)
+
+
+@contextlib.contextmanager
+def without_collecting() -> Iterator[None]:
+    """For millions of tuples, none of them in a circle."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
@@ -460,14 +470,14 @@ def _walk(rules: Rules, checks: Mapping[str, Check]) -> Walk:
         try:
             following = list(explorer.next(world))
         except OutOfTurn as error:
-            raise Violation(f"nothing comes out of turn ({error})", _trace(came_from, number), world) from None
+            raise Violation(f"nothing comes out of turn ({error})", trace_to(came_from, number), world) from None
         end = all(CHOICES & set(text.split()) for text, _ in following)
         if end:
             ends += 1
             outcomes.add(tuple((i.process, s.process, s.state, s.cause) for i, s, _, _ in world.links))
         for name, check in checks.items():
             if not check(world, end, rules):
-                raise Violation(name, _trace(came_from, number), world)
+                raise Violation(name, trace_to(came_from, number), world)
         after.append([])
         for text, new in following:
             if new not in numbers:
@@ -476,13 +486,13 @@ def _walk(rules: Rules, checks: Mapping[str, Check]) -> Walk:
                 came_from.append((number, text))
             if " says " not in text:
                 after[number].append(numbers[new])
-    circle = _circle(after)
+    circle = world_on_a_circle(after)
     if circle is not None:
-        raise Violation("everything comes to an end", _trace(came_from, circle), worlds[circle])
+        raise Violation("everything comes to an end", trace_to(came_from, circle), worlds[circle])
     return Walk(len(worlds), ends, frozenset(explorer.rows), frozenset(outcomes))
 
 
-def _circle(after: list[list[int]]) -> int | None:
+def world_on_a_circle(after: list[list[int]]) -> int | None:
     """A world that comes up again and again, if any (Kahn's algorithm: what nothing leads into is taken away)."""
     leading_in = [0] * len(after)
     for following in after:
@@ -497,7 +507,7 @@ def _circle(after: list[list[int]]) -> int | None:
     return next((number for number, count in enumerate(leading_in) if count), None)
 
 
-def _trace(came_from: list[tuple[int, str]], number: int) -> list[str]:
+def trace_to(came_from: list[tuple[int, str]], number: int) -> list[str]:
     steps = []
     while number:
         number, text = came_from[number]

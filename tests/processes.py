@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from clients import LIMIT, Pounder, Steady, echo_once, eventually
+from clients import LIMIT, Pounder, Steady, Talker, echo_once, eventually
+from streams import Streams
 from takeover import query
 from takeover.errors import TakeoverError
 
@@ -138,6 +139,7 @@ class Room:
         self.url = "tcp://{}:{}".format(*self.address)
         self.programs: list[Program] = []
         self.clients: list[Pounder | Steady] = []
+        self.closing: list[Streams | Talker] = []
         self.tracebacks_allowed = False
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("TAKEOVER_")},
@@ -167,6 +169,22 @@ class Room:
         """Starts the echo server: programs/echo.py with the options of serve(), quicker to start than the command."""
         settings = {"listen": [self.url], "control": self.control, "probation": 0.0, **options}
         return self.program("echo.py", {"options": settings, **(argument or {})})
+
+    def protocols(self, argument: dict[str, Any] | None = None, **options: Any) -> Program:
+        """Starts programs/protocol_server.py, whose connections have a protocol class each, with options of serve()."""
+        settings = {"listen": [self.url], "control": self.control, "probation": 0.0, **options}
+        return self.program("protocol_server.py", {"options": settings, **(argument or {})})
+
+    def streams(self, bursty: int = 0, **options: Any) -> Streams:
+        client = Streams(self.address, bursty, **options)
+        self.closing.append(client)
+        return client
+
+    def talker(self) -> Talker:
+        """A connection to programs/protocol_server.py in its lines mode."""
+        client = Talker(self.connect())
+        self.closing.append(client)
+        return client
 
     def dismiss(self, program: Program) -> None:
         """Forgets a program that has ended."""
@@ -238,6 +256,8 @@ class Room:
     ) -> None:
         for client in self.clients:
             client.stop()
+        for each in self.closing:
+            each.close()
         for program in self.programs:
             program.end()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -247,13 +267,15 @@ class Room:
 
 
 class Boundaries:
-    """Learns of every boundary that the processes of a room come to (see programs/echo.py), and may act at one of them.
+    """Learns of every boundary that the processes of a room come to (programs/wishes.py), and may act at some of them.
 
     A process waits at each boundary for an answer, so what is done at it happens there and nowhere else.
     """
 
     def __init__(self, acts: Mapping[str, Callable[[], bool]] | None = None) -> None:
-        """What is to be done at the first boundary of a name; a true answer means that the process hangs there.
+        """What is to be done at the first boundary of a name, or at the third of "name #3".
+
+        A true answer means that the process hangs there.
 
         `reached` is set when everything has been done.
         """
@@ -295,7 +317,8 @@ class Boundaries:
 
     def _hangs(self, step: str) -> bool:
         self.seen.append(step)
-        act = self._acts.pop(step, None)
+        count = self.seen.count(step)
+        act = self._acts.pop(step if count == 1 else f"{step} #{count}", None)
         if act is None:
             return False
         hangs = act()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -90,6 +91,28 @@ def test_a_small_run_measures_a_rival_beside_the_reference(tmp_path: pathlib.Pat
     assert "select.epoll" in report.stdout and "64 B × 100" in report.stdout
 
 
+def test_a_small_run_moves_connections_beside_the_reference(tmp_path: pathlib.Path) -> None:
+    document = tmp_path / "moves.json"
+    ours, drained = "takeover protocol, python, 64 B", "drain and reconnect"
+    only = ["--only", ours, "--only", drained]
+    done = benchmarks("moves", "--quick", "--rounds", "1", "--seconds", "0.1", *only, "--json", str(document))
+    assert done.returncode == 0, done.stderr
+    rows = {(row["cell"], row["subject"]): row["samples"] for row in json.loads(document.read_text())["rows"]}
+    assert rows["200 idle", "C reference"]["move_ms"][0] > 0
+    assert rows["200 idle", "C reference, 64 B"]["move_ms"][0] > 0
+    for cell in ("200 idle", "200 talking"):
+        assert rows[cell, ours]["lost"] == rows[cell, ours]["closed"] == [0]
+        assert rows[cell, ours]["move_ms"][0] > 0
+    assert rows["200 idle", ours]["server_cpu_ms"][0] > 0
+    talking = rows["200 talking", ours]
+    assert 0 < talking["p50_ms"][0] <= talking["p99_ms"][0] <= talking["worst_ms"][0]
+    if ("200 idle", drained) in rows:  # it is there where the compiled backend is
+        assert rows["200 idle", drained]["closed"] == [200] and rows["200 idle", drained]["lost"] == [0]
+    report = benchmarks("report", str(document))
+    assert report.returncode == 0, report.stderr
+    assert ours in report.stdout and "200 talking" in report.stdout
+
+
 def test_a_target_is_judged_by_the_median_of_the_rounds_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.results import Document
@@ -139,6 +162,61 @@ def test_a_close_without_an_answer_is_noticed(program: Callable[[str], str], lis
     serve(listener, lambda connection: connection.recv(64))
     seen = arrivals(program("load_arrivals"), listener.getsockname()[1])
     assert seen["failures"] == {"closed early": seen["clients"]}
+
+
+class Staying:
+    """c/load_moves.c with a few clients that stay connected."""
+
+    def __init__(self, path: str, port: int) -> None:
+        command = [path, "--port", str(port), "--connections", "3", "--talkers", "0"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.line() == "open\n"
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def ask(self, command: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{command}\n")
+        self.process.stdin.flush()
+        return self.line()
+
+    def end(self) -> None:
+        self.process.communicate(timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("second", "seen"),
+    [
+        (lambda data: data, {"checked": 3, "closed": 0, "wrong": 0}),
+        (lambda data: data[::-1], {"checked": 0, "closed": 3, "wrong": 3}),
+        (lambda data: b"", {"checked": 0, "closed": 3, "wrong": 0}),
+    ],
+    ids=["honest", "garbling", "closing"],
+)
+def test_clients_that_stay_notice_what_becomes_of_them(
+    program: Callable[[str], str],
+    listener: socket.socket,
+    second: Callable[[bytes], bytes],
+    seen: dict[str, int],
+) -> None:
+    def echo_twice(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(ConnectionError):
+            connection.sendall(connection.recv(64))
+            connection.sendall(second(connection.recv(64)))
+            if second(b"x"):
+                connection.recv(64)
+
+    serve(listener, lambda connection: threading.Thread(target=echo_twice, args=[connection.dup()]).start())
+    clients = Staying(program("load_moves"), listener.getsockname()[1])
+    try:
+        assert clients.ask("check") == f"checked {seen['checked']}\n"
+        report = json.loads(clients.ask(f"report 0 {1 << 62}"))
+    finally:
+        clients.end()
+    assert {key: report[key] for key in ("closed", "wrong")} == {key: seen[key] for key in ("closed", "wrong")}
+    assert report["answered"] == seen["checked"]
 
 
 def test_a_refused_connect_is_noticed(program: Callable[[str], str]) -> None:

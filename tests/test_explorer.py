@@ -136,6 +136,7 @@ OUTSIDE = {
     ("incumbent", "GREETING", "STOP"): "asked by `takeover stop`",
     ("incumbent", "STOPPING", "LOST"): "what comes after STOP",
     ("successor", "GREETING", "REFUSE"): "another implementation may refuse before it says HELLO",
+    ("successor", "OWNER", "BLOB"): "sent to a successor that is settled already, and nothing hangs on it",
     ("incumbent", "PROBATION", "ABORT"): "our successor dies instead; another implementation may say so",
 }
 """Rows that no walk can reach, and why they exist."""

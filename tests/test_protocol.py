@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections import deque
 from collections.abc import Callable
 
@@ -15,11 +16,14 @@ from takeover.errors import LocalProtocolError, RemoteProtocolError
 from takeover.exchange import HEARTBEATS, IDLE, read_token
 from takeover.incumbent import UNDECIDED
 from takeover.protocol import (
+    CHANNEL_BYTE,
     COMMIT_BYTE,
     FINAL,
+    GIVER,
     INCUMBENT,
     SETTLE_BYTE,
     SUCCESSOR,
+    TAKER,
     Do,
     Event,
     Limits,
@@ -33,8 +37,10 @@ from takeover.protocol import (
 from takeover.wire import Decoder, Type, encode
 from test_wire import EXAMPLES, ITEM
 
-TABLES = {"incumbent": INCUMBENT, "successor": SUCCESSOR}
-both_roles = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+TABLES = {"incumbent": INCUMBENT, "successor": SUCCESSOR, "giver": GIVER, "taker": TAKER}
+BEGIN = {"incumbent": State.GREETING, "successor": State.GREETING, "giver": State.GIVING, "taker": State.TAKING}
+PAIRS = ((INCUMBENT, SUCCESSOR), (SUCCESSOR, INCUMBENT), (GIVER, TAKER), (TAKER, GIVER))
+every_role = pytest.mark.parametrize("role", TABLES)
 
 
 def _states(table: Table) -> set[State]:
@@ -44,17 +50,19 @@ def _states(table: Table) -> set[State]:
 # The tables.
 
 
-@both_roles
-def test_every_state_can_be_reached(table: Table) -> None:
-    reached, before = {State.GREETING}, set[State]()
+@every_role
+def test_every_state_can_be_reached(role: str) -> None:
+    table = TABLES[role]
+    reached, before = {BEGIN[role]}, set[State]()
     while reached != before:
         before = set(reached)
         reached |= {after for (state, _), (after, _) in table.items() if state in reached}
     assert reached == _states(table)
 
 
-@both_roles
-def test_every_state_has_a_way_to_an_end(table: Table) -> None:
+@every_role
+def test_every_state_has_a_way_to_an_end(role: str) -> None:
+    table = TABLES[role]
     ending, before = set(FINAL) | {State.OWNER}, set[State]()
     while ending != before:
         before = set(ending)
@@ -62,20 +70,25 @@ def test_every_state_has_a_way_to_an_end(table: Table) -> None:
     assert _states(table) <= ending
 
 
-@both_roles
-def test_final_states_have_no_rows(table: Table) -> None:
-    assert not {state for state, _ in table} & FINAL
+@every_role
+def test_final_states_have_no_rows(role: str) -> None:
+    assert not {state for state, _ in TABLES[role]} & FINAL
 
 
-@both_roles
-def test_whoever_enters_a_final_state_closes_the_link(table: Table) -> None:
-    for row, (after, actions) in table.items():
+@every_role
+def test_whoever_enters_a_final_state_closes_the_link(role: str) -> None:
+    for row, (after, actions) in TABLES[role].items():
         assert (after in FINAL) == (Do.CLOSE in actions) or after is State.OWNER, row
-        assert Do.CLOSE not in actions[:-1], row
+        assert Do.CLOSE not in actions[:-1] or row == (State.RECLAIMING, Local.GOT_CHANNEL), row
+
+
+def test_a_giver_serves_on_only_where_no_answer_can_come_any_more() -> None:
+    _, actions = GIVER[State.RECLAIMING, Local.GOT_CHANNEL]
+    assert actions.index(Do.CLOSE) < actions.index(Do.PUT_BACK)
 
 
 def test_every_state_event_and_action_is_used() -> None:
-    tables = (INCUMBENT, SUCCESSOR)
+    tables = TABLES.values()
     events = {event for table in tables for _, event in table}
     actions = {action for table in tables for _, actions in table.values() for action in actions}
     assert set(State) == set().union(*map(_states, tables))
@@ -84,22 +97,26 @@ def test_every_state_event_and_action_is_used() -> None:
 
 
 def test_what_one_side_sends_the_other_has_a_row_for() -> None:
-    from_drivers = {Type.HELLO, Type.HEARTBEAT, Type.LISTENERS, Type.DRAINING}  # first, timed, or part of an action
+    # first, timed, part of an action, or for the asking
+    from_drivers = {Type.HELLO, Type.HEARTBEAT, Type.LISTENERS, Type.DRAINING, Type.TAKE, Type.BLOB}
     from_clients = {Type.STATUS, Type.STOP}
     to_clients = {Type.REPORT, Type.STOPPING}
-    for sender, receiver in ((INCUMBENT, SUCCESSOR), (SUCCESSOR, INCUMBENT)):
+    for sender, receiver in PAIRS:
         sent = {action for _, actions in sender.values() for action in actions if isinstance(action, Type)}
         understood = {event for _, event in receiver if isinstance(event, Type)}
         assert sent - to_clients <= understood
         assert understood - sent <= from_drivers | from_clients
 
 
-@both_roles
-def test_a_read_of_the_token_is_answered_in_the_state_after_it(table: Table) -> None:
+@every_role
+def test_a_read_of_the_token_is_answered_in_the_state_after_it(role: str) -> None:
+    table = TABLES[role]
     answers = {
         Do.TAKE_BACK: {Local.GOT_COMMIT, Local.GOT_SETTLE, Local.GOT_NOTHING},
         Do.TAKE_COMMIT: {Local.GOT_COMMIT, Local.GOT_NOTHING},
         Do.TAKE_SETTLE: {Local.GOT_SETTLE, Local.GOT_NOTHING},
+        Do.RECLAIM: {Local.GOT_CHANNEL, Local.GOT_NOTHING},
+        Do.CLAIM: {Local.GOT_CHANNEL, Local.GOT_NOTHING},
     }
     asked: dict[State, set[Local]] = {}
     for row, (after, actions) in table.items():
@@ -120,7 +137,7 @@ def test_a_limit_is_where_a_row_is_and_a_row_where_a_limit_is(
 
 def test_whoever_must_not_be_silent_sends_heartbeats() -> None:
     limited = {state for state in State if silence_limit(state, Limits()) is not None}
-    assert limited <= HEARTBEATS
+    assert limited <= HEARTBEATS | {State.GIVING, State.TAKING}, "on a channel a batch is the sign of life"
     assert UNDECIDED <= HEARTBEATS
     assert not HEARTBEATS & IDLE
     for table, other in ((INCUMBENT, SUCCESSOR), (SUCCESSOR, INCUMBENT)):
@@ -153,6 +170,7 @@ def test_the_token_gives_its_bytes_once_and_then_nothing(writing_end_survives: b
         os.close(writing)
     try:
         assert [read_token(reading) for _ in range(4)] == [COMMIT_BYTE, SETTLE_BYTE, b"", b""]
+        assert CHANNEL_BYTE not in (COMMIT_BYTE, SETTLE_BYTE)
     finally:
         os.close(reading)
         if writing_end_survives:
@@ -227,9 +245,9 @@ class Half:
         wanted, room = self.decoder.wants()
         data = bytes(self.stream[: min(size, wanted)])
         del self.stream[: len(data)]
-        came: list[int] = []
+        came = array("i")
         if self.marks and self.marks[0][0] < self.taken + len(data):
-            came = [1000] * self.marks.popleft()[1]
+            came = array("i", [1000]) * self.marks.popleft()[1]
             assert len(came) <= room, "descriptors came to a read that had no room for them"
         self.taken += len(data)
         frame = self.decoder.feed(data, came)

@@ -326,8 +326,15 @@ cdef inline void release(Core *core, Connection *connection) noexcept nogil:
 
 
 cdef inline void doom(Core *core, Connection *connection, int error) noexcept nogil:
-    """A native connection is over; it is closed when no callback runs any more."""
+    """A native connection is over; it is closed when no callback runs any more.
+
+    One that is on its way between two processes stays here instead, and is over as soon as it is here again.
+    """
     if connection.flags & LOST:
+        return
+    if connection.flags & HELD:
+        connection.flags |= CLOSING | STAYS
+        drop_backlog(core, connection)
         return
     connection.flags |= LOST
     connection.error = <uint16_t>error

@@ -26,7 +26,7 @@ from takeover._records cimport (
 from takeover._transport cimport Transport, forget_connection, resume_connection
 
 from takeover._schedule import log
-from takeover.records import LARGEST_PART, NOT_NOW, WORDS, pack_peer
+from takeover.records import LARGEST_PART, NOT_NOW, WORDS, pack_peer, version_of
 
 cdef extern from "<sys/socket.h>" nogil:
     enum: AF_UNIX
@@ -132,11 +132,12 @@ cdef Reason export_protocol(Core *core, Connection *connection, Output *output) 
     if export is None or getattr(protocol, "import_state", None) is None:
         return UNMOVABLE
     try:
+        version = version_of(protocol)
         state = export()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:
-        log.exception("export_state of %r raised; its connection is drained", protocol)
+        log.exception("the state of %r cannot be exported; its connection is drained", protocol)
         return BROKEN
     if state is NOT_NOW:
         return BUSY
@@ -152,7 +153,7 @@ cdef Reason export_protocol(Core *core, Connection *connection, Output *output) 
         return BROKEN
     describe(core, connection, &record)
     record.flags |= R_HAS_STATE
-    record.version = getattr(protocol, "state_version", 0)
+    record.version = version
     record.high, record.low = <uint32_t>min(transport.high, 0xffffffff), <uint32_t>min(transport.low, 0xffffffff)
     if transport.family == AF_UNIX:
         path = pack_peer(AF_UNIX, transport.peer_path)
@@ -194,6 +195,9 @@ cdef tuple export_batch(Core *core, size_t start, int most, size_t size, dict re
         end = start >= SLAB * core.slab_count
         found = descriptor_array(descriptors, count)
         return PyBytes_FromStringAndSize(output.data, output.size), found, -1 if end else start
+    except BaseException:
+        put_back_batch(core, descriptor_array(descriptors, count), False)
+        raise
     finally:
         free(output.data)
 
@@ -217,7 +221,8 @@ cdef bytes tail_of(const Connection *connection, size_t start):
 cdef tuple relinquish_batch(Core *core, array.array descriptors, object skip):
     """Closes our copies of what the other process has adopted; those in `skip`, which it refused, are served on.
 
-    Returns who stays after all, since its handler has ended it meanwhile, and what was written to others: by index.
+    Returns who is to stay after all, since its handler has ended it meanwhile, and is held still; and what was written to
+    others: by index.
     """
     cdef int *fds = descriptors.data.as_ints
     cdef int count = <int>len(descriptors)
@@ -230,7 +235,7 @@ cdef tuple relinquish_batch(Core *core, array.array descriptors, object skip):
             with nogil:
                 while index < count:
                     connection = place(core, fds[index])
-                    if connection.kind != NATIVE:
+                    if connection.kind != NATIVE or connection.flags & STAYS:
                         break
                     release(core, connection)
                     close(fds[index])
@@ -238,11 +243,11 @@ cdef tuple relinquish_batch(Core *core, array.array descriptors, object skip):
             if index == count:
                 break
         connection = place(core, fds[index])
-        if index in skip or connection.flags & STAYS:
-            if index not in skip:
-                kept.append(index)
+        if index in skip:
             connection.flags |= STAYS
             resume_connection(core, connection)
+        elif connection.flags & STAYS:
+            kept.append(index)
         else:
             if connection.kind == PROTOCOL:
                 transport = <Transport>connection.state

@@ -10,8 +10,8 @@ from posix.unistd cimport close
 
 from takeover._connections cimport (
     CLOSING, EOF_QUEUED, EOF_RECEIVED, EPOLLERR, EPOLLHUP, EPOLLOUT, EVENTS, FULL, HELD, LOST, MSG_DONTWAIT,
-    NATIVE, NATIVE_LISTENER, PAUSED, RECEIVE, SHUT_WR, arm, doom, epoll_wait, find, flush, open_connection, reap, recv,
-    release, shutdown, write,
+    NATIVE, NATIVE_LISTENER, PAUSED, RECEIVE, SHUT_WR, STAYS, arm, doom, epoll_wait, find, flush, open_connection, reap,
+    recv, release, shutdown, write,
 )
 
 cdef extern from "<sys/socket.h>" nogil:
@@ -37,10 +37,17 @@ cdef inline void rearm(Core *core, Connection *connection) noexcept nogil:
         doom(core, connection, error)
 
 
+cdef inline void stay_if_held(Connection *connection) noexcept nogil:
+    """What is done to a connection on its way is not in its record: it has to come back."""
+    if connection.flags & HELD:
+        connection.flags |= STAYS
+
+
 cdef void connection_write(Core *core, Connection *connection, const char *data, size_t size) noexcept nogil:
     cdef int error
     if size == 0 or connection.flags & (EOF_QUEUED | CLOSING | LOST):
         return
+    stay_if_held(connection)
     error = write(core, connection, data, size)
     if error:
         doom(core, connection, error)
@@ -56,7 +63,8 @@ cdef void connection_write_eof(Core *core, Connection *connection) noexcept nogi
     if connection.flags & (EOF_QUEUED | CLOSING | LOST):
         return
     connection.flags |= EOF_QUEUED
-    if connection.unsent == 0:
+    stay_if_held(connection)
+    if connection.unsent == 0 and not connection.flags & HELD:
         shutdown(connection.fd, SHUT_WR)
 
 
@@ -74,6 +82,7 @@ cdef void connection_close(Core *core, Connection *connection) noexcept nogil:
     if connection.flags & LOST:
         return
     connection.flags |= CLOSING
+    stay_if_held(connection)
     if connection.unsent == 0:
         doom(core, connection, 0)
     else:

@@ -11,7 +11,7 @@ from posix.unistd cimport close
 
 from takeover._addresses cimport unpack_inet
 from takeover._connections cimport (
-    CLOSING, EOF_QUEUED, EOF_RECEIVED, FULL, HELD, LOST, NATIVE, PAUSED, PROTOCOL, Callbacks, Connection, Kind, Origin,
+    CLOSING, EOF_QUEUED, EOF_RECEIVED, FULL, HELD, LOST, NATIVE, PAUSED, PROTOCOL, Callbacks, Connection, Kind,
     open_connection, place, queue, reap, release, sockaddr, sockaddr_storage, socklen_t,
 )
 from takeover._fdpass cimport MOST
@@ -44,12 +44,13 @@ cdef inline uint8_t own_flags(uint8_t flags) noexcept nogil:
     return own
 
 
-cdef const Origin *home_of(Core *core, uint64_t inode) noexcept nogil:
-    cdef size_t index
-    for index in range(core.origin_count):
-        if core.origins[index].inode == inode:
-            return &core.origins[index]
-    return NULL
+cdef int home_of(Core *core, uint64_t inode) noexcept nogil:
+    """The place of one of our own listeners among the origins, -1 if it is none."""
+    cdef int index
+    for index in range(<int>core.origin_count):
+        if core.origins[index].inode == inode and core.origins[index].listener != NULL:
+            return index
+    return -1
 
 
 cdef bint is_stream(int fd) noexcept nogil:
@@ -58,13 +59,13 @@ cdef bint is_stream(int fd) noexcept nogil:
     return getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &size) == 0 and kind == SOCK_STREAM
 
 
-cdef Connection *take_in(Core *core, int fd, int kind, const Record *record, const Origin *home) noexcept nogil:
+cdef Connection *take_in(Core *core, int fd, int kind, const Record *record, int home) noexcept nogil:
     """A record in the table, HELD, with the unsent bytes; NULL without memory."""
     cdef Connection *connection = open_connection(core, fd, <Kind>kind)
     if connection == NULL:
         return NULL
-    connection.handler = home.callbacks
-    connection.origin = <uint16_t>(home - core.origins)
+    connection.handler = core.origins[home].callbacks
+    connection.origin = <uint16_t>home
     connection.moves = record.moves + 1 if record.moves < 255 else 255
     connection.flags = own_flags(record.flags)
     if queue(core, connection, record.unsent, record.unsent_size):
@@ -73,8 +74,8 @@ cdef Connection *take_in(Core *core, int fd, int kind, const Record *record, con
     return connection
 
 
-cdef Reason adopt_native(Core *core, int fd, const Record *record, const Origin *home) noexcept nogil:
-    cdef const Callbacks *handler = home.callbacks
+cdef Reason adopt_native(Core *core, int fd, const Record *record, int home) noexcept nogil:
+    cdef const Callbacks *handler = core.origins[home].callbacks
     cdef Connection *connection
     cdef bint reads = handler.imported != NULL
     if (record.flags & R_HAS_STATE != 0) != reads:
@@ -90,12 +91,12 @@ cdef Reason adopt_native(Core *core, int fd, const Record *record, const Origin 
     return FINE
 
 
-cdef Reason adopt_protocol(Core *core, object schedule, int fd, const Record *record, const Origin *home,
+cdef Reason adopt_protocol(Core *core, object schedule, int fd, const Record *record, int home,
                            object generation) except *:
     cdef Connection *connection
     cdef Transport transport
     cdef sockaddr_storage peer
-    factory = (<Listener>home.listener).handler
+    factory = (<Listener>core.origins[home].listener).handler
     if not record.flags & R_HAS_STATE:
         return OTHER_HANDLER
     try:
@@ -138,7 +139,7 @@ cdef list adopt_batch(Core *core, object schedule, const char *records, size_t s
     cdef int answer
     cdef size_t at = 0, length
     cdef Record record
-    cdef const Origin *home
+    cdef int home
     while index < count:
         length = unpack(records + at, size - at, &record)
         if length == 0:
@@ -153,18 +154,18 @@ cdef list adopt_batch(Core *core, object schedule, const char *records, size_t s
     at = 0
     while index < count:
         with nogil:
-            home = NULL
+            home = -1
             while index < count:
                 length = unpack(records + at, size - at, &record)
-                if home == NULL or home.inode != record.listener:
+                if home < 0 or core.origins[home].inode != record.listener:
                     home = home_of(core, record.listener)
-                if home == NULL or (home.callbacks == NULL and home.listener == NULL):
+                if home < 0:
                     answer = NO_LISTENER
                 elif not is_stream(fds[index]):
                     answer = NO_SOCKET
                 elif record.unread_size:
                     answer = UNREAD
-                elif home.callbacks == NULL:
+                elif core.origins[home].callbacks == NULL:
                     break
                 else:
                     answer = adopt_native(core, fds[index], &record, home)

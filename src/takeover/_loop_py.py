@@ -150,6 +150,8 @@ class Loop:
         for listener in list(self.listeners.values()):
             listener.stop()
         self._empty = None
+        for transport in self.transports.values():
+            transport.let_go()
         while self.abort_connections() or self.transports:
             self.schedule.run_due()
         self._selector.close()
@@ -269,7 +271,7 @@ class Loop:
     ) -> tuple[list[int], dict[int, bytes]]:
         """Close held connections that another process has adopted; the indices in `skip` are served on here for good.
 
-        Returns the indices that stay after all, and by index what handlers have written meanwhile.
+        Returns the indices that are to stay after all and are held still, and by index what handlers have written.
         """
         return moving.relinquish_batch(self, descriptors, skip)
 

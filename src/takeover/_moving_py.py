@@ -23,6 +23,7 @@ from .records import (
     reads_version,
     unpack,
     unpack_peer,
+    version_of,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ def export_batch(
             reasons[why] = reasons.get(why, 0) + 1
             transport.stays = why != "busy"
             continue
+        except BaseException:
+            put_back_batch(loop, descriptors, False)
+            raise
         total += len(records[-1])
         transport.hold()
         descriptors.append(fd)
@@ -106,11 +110,12 @@ def state_of(protocol: Any) -> tuple[int, bytes]:
     if export is None or getattr(protocol, "import_state", None) is None:
         raise Stays("unmovable")
     try:
+        version = version_of(protocol)
         state = export()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:
-        log.exception("export_state of %r raised; its connection is drained", protocol)
+        log.exception("the state of %r cannot be exported; its connection is drained", protocol)
         raise Stays("state") from None
     if state is NOT_NOW:
         raise Stays("busy")
@@ -119,7 +124,7 @@ def state_of(protocol: Any) -> tuple[int, bytes]:
             "export_state of %r returned %s, not bytes; its connection is drained", protocol, type(state).__name__
         )
         raise Stays("state")
-    return getattr(protocol, "state_version", 0), bytes(state)
+    return version, bytes(state)
 
 
 def relinquish_batch(loop: Loop, descriptors: array[int], skip: Collection[int]) -> tuple[list[int], dict[int, bytes]]:
@@ -127,11 +132,12 @@ def relinquish_batch(loop: Loop, descriptors: array[int], skip: Collection[int])
     kept, tails = [], {}
     for index, fd in enumerate(descriptors):
         transport = loop.transports[fd]
-        if index in skip or transport.stays:
-            if index not in skip:
-                kept.append(index)
+        if index in skip:
             transport.stays = True
             transport.resume()
+            continue
+        if transport.stays:
+            kept.append(index)
             continue
         tail = transport.backlog(transport.exported)
         if tail:

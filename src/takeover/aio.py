@@ -114,7 +114,7 @@ class AioServer(LoopServer):
         self._polling = False
 
     def connections(self) -> int:
-        return self.aio.count()
+        return self.aio.connections
 
     def when_empty(self, callback: Callable[[], object]) -> None:
         if not self._polling:

@@ -118,7 +118,7 @@ class Gone(asyncio.Protocol):
 class Mover:
     """The connections of one loop: all of them, those on their way out, and those on their way in.
 
-    `homes` are by the inode of the listener. It is used in the loop only, but for count().
+    `homes` are by the inode of the listener. It is used in the loop only, but for `connections`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -143,7 +143,8 @@ class Mover:
         self._seats = [seat for seat in self._seats if not seat.empty]
         self._most = 2 * len(self._seats) + 64
 
-    def count(self) -> int:
+    @property
+    def connections(self) -> int:
         """How many connections are open, or about to be; may be called from any thread."""
         seats = sum(not seat.empty for seat in self._seats.copy())
         return seats + len(self.coming) + len(self._arrivals)
@@ -181,6 +182,9 @@ class Mover:
                 reasons[why] = reasons.get(why, 0) + 1
                 seat.stays = why != "busy"
                 continue
+            except BaseException:
+                self.put_back_connections(descriptors, False)
+                raise
             records.append(record)
             total += len(record)
             descriptors.append(descriptor)
@@ -193,25 +197,32 @@ class Mover:
     ) -> tuple[list[int], dict[int, bytes]]:
         kept = []
         for index, descriptor in enumerate(descriptors):
-            seat = self._leaving.pop(descriptor)
+            seat = self._leaving[descriptor]
             assert seat.hold is not None
-            if index not in skip and not seat.hold.disturbed(descriptor):
-                seat.hold.let_go()
+            if index in skip:
+                self._bring_back(descriptor, stay=True)
+            elif seat.hold.disturbed(descriptor):
+                kept.append(index)
             else:
-                if index not in skip:
-                    kept.append(index)
-                seat.stays = True
-                seat.hold.undo()
-            os.close(descriptor)
+                self._let_go(descriptor)
         return kept, {}
 
     def put_back_connections(self, descriptors: array[int], stay: bool) -> None:
         for descriptor in descriptors:
-            seat = self._leaving.pop(descriptor)
-            assert seat.hold is not None
-            seat.stays = seat.stays or stay
-            seat.hold.undo()
-            os.close(descriptor)
+            self._bring_back(descriptor, stay=stay)
+
+    def _bring_back(self, descriptor: int, *, stay: bool) -> None:
+        seat = self._leaving.pop(descriptor)
+        assert seat.hold is not None
+        seat.stays = seat.stays or stay
+        seat.hold.undo()
+        os.close(descriptor)
+
+    def _let_go(self, descriptor: int) -> None:
+        seat = self._leaving.pop(descriptor)
+        assert seat.hold is not None
+        seat.hold.let_go()
+        os.close(descriptor)
 
     def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
         try:
@@ -276,13 +287,10 @@ class Mover:
         for index, descriptor in enumerate(descriptors):
             if index in skip:
                 continue
-            seat = self._leaving.pop(descriptor, None)
-            if seat is None:
+            if descriptor in self._leaving:
+                self._let_go(descriptor)
+            else:
                 self._arrivals.pop(descriptor).socket.close()
-                continue
-            assert seat.hold is not None
-            seat.hold.let_go()
-            os.close(descriptor)
 
 
 def _export(seat: Seat) -> tuple[bytes, int]:

@@ -1,4 +1,4 @@
-"""What the two ends of a channel share: established connections move along it from one process's loop to another's.
+"""A channel, along which connections move from the loop of one process to that of another: what its ends share.
 
 Each end is a table of protocol.py, driven on the thread of the loop whose connections it moves: between two callbacks
 of a loop every connection is at rest, and nobody has to wait for anybody.
@@ -6,6 +6,7 @@ of a loop every connection is at rest, and nobody has to wait for anybody.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import socket
@@ -16,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from .control import Peer
+from .errors import LocalError
 from .exchange import Exchange, logger, read_token
 from .link import Link, close_all
 from .protocol import CHANNEL_BYTE, Event, Limits, Local, State
@@ -24,6 +26,8 @@ from .protocol import CHANNEL_BYTE, Event, Limits, Local, State
 class Connections(Protocol):
     """What moves: the loop's methods of the same names, or those of a server on another loop."""
 
+    @property
+    def connections(self) -> int: ...
     def export_connections(
         self, start: int, most: int, size: int, reasons: dict[str, int]
     ) -> tuple[bytes, array[int], int]: ...
@@ -70,19 +74,20 @@ def open_channel() -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def room_for_connections() -> int:
-    """How many connections this process may take in: the eighth part of its RLIMIT_NOFILE stays free for new ones."""
+    """How many connections this process may take in: a sixteenth of its RLIMIT_NOFILE stays free for new ones."""
     limit = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     try:
         held = len(os.listdir("/proc/self/fd"))
     except OSError:
         held = 64
-    return max(0, limit - held - max(32, limit // 8))
+    return max(0, limit - held - max(32, limit // 16))
 
 
 class Account:
     """What has moved, and why the rest has not: a part of what `takeover status` shows. Bytes, milliseconds.
 
-    `observer`, if any, is called when it has changed; `expected` is how many connections are to come.
+    `observer`, if any, is called when it has changed; `expected` is how many connections are to come; `last_move` is
+    what the last channel took in this process, from its opening to its end.
     """
 
     def __init__(self) -> None:
@@ -90,6 +95,7 @@ class Account:
         self.moved_out = 0
         self.state_bytes = 0
         self.longest_standstill = 0.0
+        self.last_move = 0.0
         self.expected = 0
         self.refused: Counter[str] = Counter()
         self.drained: Counter[str] = Counter()
@@ -107,11 +113,12 @@ class Account:
             "drained": dict(self.drained),
             "state_bytes": self.state_bytes,
             "longest_standstill_ms": round(self.longest_standstill, 3),
+            "last_move_ms": round(self.last_move, 3),
         }
 
 
 class Batch(NamedTuple):
-    """Connections on their way since `began` (CLOCK_MONOTONIC); `skip` are the indices of those not taken along."""
+    """Connections on their way since `began` (CLOCK_MONOTONIC), but for those with the indices in `skip`."""
 
     number: int
     descriptors: array[int]
@@ -123,7 +130,7 @@ class End(Exchange):
     """What both ends share: the loop's watch on the socket, the clock, the token. Owns both descriptors of the channel.
 
     `loop` has add_reader(), add_writer(), call_soon() and call_later(), as asyncio's loops have. `ended` is called
-    once, when nothing more will happen.
+    when it has finished, and again where it is over only later.
     """
 
     begins: ClassVar[State]
@@ -154,18 +161,44 @@ class End(Exchange):
         self.link.before_close = self._unwatch
         loop.add_reader(self.link.fileno(), self.guard, self.readable)
 
+    @property
+    def waits(self) -> bool:
+        """Whether something is on its way, so that the other end must not be silent."""
+        return bool(self.batches)
+
     def owned(self) -> list[int]:
         return [self._token]
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing will happen any more: it is finished, and what was to be said has gone out."""
+        return self.finished and self.link.fileno() < 0
+
     def leave(self) -> None:
         """The loop ends: what is on its way is the other end's, who finds that nobody has claimed it."""
+        self.link.close()
         if self.finished:
             return
-        self.link.close()
         close_all([self._token])
         for batch in self.batches:
             self.connections.drop_connections(batch.descriptors, batch.skip)
         self.batches.clear()
+
+    def hang_up(self) -> None:
+        """Closes the socket once what is queued has gone: only a release tells the other end what it owns."""
+        self.link.withdraw()
+        if self.link.unsent and not self.link.lost:
+            self.loop.remove_reader(self.link.fileno())
+            self.loop.add_writer(self.link.fileno(), self._linger)
+        else:
+            self.link.close()
+
+    def _linger(self) -> None:
+        with contextlib.suppress(OSError):
+            self.link.flush()
+        if not self.link.unsent:
+            self.link.close()
+            self.loop.call_soon(self._ended)
 
     def close_after_fork(self) -> None:
         """In a forked child: closes the descriptors, and does not touch the loop, whose epoll set is the parent's."""
@@ -179,6 +212,8 @@ class End(Exchange):
             self._token = -1
             if self._timer is not None:
                 self._timer.cancel()
+            if self.error is not None:
+                self.error.__traceback__ = None  # which knows the records of a batch, and with them a descriptor
             self.loop.call_soon(self._ended)
 
     def take_token(self) -> Event:
@@ -195,8 +230,9 @@ class End(Exchange):
             return
         try:
             work()
-        except Exception:  # noqa: BLE001 - logged with its traceback, and contained
+        except Exception as error:  # noqa: BLE001 - logged with its traceback, and contained
             logger.exception("the channel to pid %d failed", self.channel.pid)
+            self.error = LocalError(f"the channel to pid {self.channel.pid} failed: {error}")
             self.link.lost = True
             self._lose()
         if not self.finished:
@@ -209,12 +245,12 @@ class End(Exchange):
         elif self._writing and not self.link.unsent:
             self.loop.remove_writer(self.link.fileno())
         self._writing = self.link.unsent
-        if self.batches and self._timer is None:
+        if self.waits and self._timer is None:
             self._timer = self.loop.call_later(self.limits.heartbeat, self._ticked)
 
     def _ticked(self) -> None:
         self._timer = None
-        if self.batches:
+        if self.waits:
             self.guard(self.tick)
         else:
             self._silent = 0

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from .errors import LocalError
 from .exchange import Exchange, logger
 from .link import close_all
 from .protocol import Limits, Local
@@ -61,7 +62,10 @@ class ControlThread:
             os.write(self._wake_writing, b"\0")
 
     def ask(self, question: Callable[[], Result]) -> Result:
-        """Runs the question in the control thread and returns its answer, or raises what it raised."""
+        """Runs the question in the control thread and returns its answer, or raises what it raised.
+
+        Raises LocalError where the thread has ended, and the question was not asked.
+        """
         answer: Future[Result] = Future()
 
         def run() -> None:
@@ -72,8 +76,13 @@ class ControlThread:
 
         if threading.current_thread() is self._thread:
             run()
-        else:
+            return answer.result()
+        if not self.ended.is_set():
             self.post(run)
+        if self.ended.is_set():
+            self._thread.join()
+            if not answer.done():
+                raise LocalError("the service has been closed")
         return answer.result()
 
     def close(self) -> None:
@@ -140,6 +149,9 @@ class ControlThread:
                     self._run_posted(callback)
                 for exchange in list(self.exchanges):
                     self.run_step(exchange, exchange.tick)
+        while self._posted:
+            # Whoever asks looks at `ended` after posting: it was not set yet, so there must be an answer.
+            self._run_posted(self._posted.popleft())
 
     def _run_posted(self, callback: Callable[[], object]) -> None:
         try:

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 from ._backend import backend
 from ._version import VERSION
+from .blobs import Blobs
 from .channel import Channel
 from .control import ControlPath, Identity, remove_own
 from .control_thread import ControlThread
 from .exchange import Exchange, logger
 from .incumbent import UNDECIDED, Incumbent
 from .link import Link, close_all
-from .listeners import url_of
+from .listeners import Held, url_of
 from .protocol import Limits, Local, State
 from .successor import Elder, Inherited, Successor
 from .wire import Type
@@ -82,24 +83,6 @@ class Settings(NamedTuple):
     limits: Limits
 
 
-class Held(NamedTuple):
-    """A listener of the service; the socket is the server's too, who may have closed it."""
-
-    name: str
-    url: str
-    sock: socket.socket
-    path: str
-    identity: Identity | None
-
-    @property
-    def is_open(self) -> bool:
-        return self.sock.fileno() >= 0
-
-    def remove_path(self) -> None:
-        """Removes the file of a UNIX listener, if it is still its own."""
-        remove_own(self.path, self.identity)
-
-
 class Controller(ControlThread):
     """Owns the control socket and the lock from the moment at which the service is its own until it is handed over.
 
@@ -117,6 +100,7 @@ class Controller(ControlThread):
         self.state = "joining"
         self.listeners: list[Held] = []
         self.unclaimed: list[Inherited] = []
+        self.blobs = Blobs()
         self.over = threading.Event()
         self.last_takeover: dict[str, Any] | None = None
         self._began = time.monotonic()
@@ -290,7 +274,10 @@ class Controller(ControlThread):
         """This process ends: a takeover under way goes on without it, else the path and the lock are free."""
         for exchange in list(self.exchanges):
             if exchange.machine.accepts(Local.LEAVING):
+                exchange.link.finish(self.limits.silence)
                 self.run_step(exchange, lambda: exchange.step(Local.LEAVING))  # noqa: B023
+                exchange.link.finish(self.limits.silence)
+        self.blobs.no_more()
         if self._lock >= 0:
             if self._listening is not None:
                 remove_own(self.control.path, self._identity)
@@ -299,7 +286,15 @@ class Controller(ControlThread):
             lock, self._lock = self._lock, -1
             self._let_go()
             self.control.unlock(lock)
+            self.blobs.give_up()
             self.state = "stopped"
+
+    def hand_over(self, name: str, descriptor: int) -> list[int]:
+        """See Blobs.hand_over()."""
+        useless = self.blobs.hand_over(name, descriptor)
+        for exchange in list(self.exchanges):
+            self._watch(exchange)
+        return useless
 
     def close_after_fork(self) -> None:
         super().close_after_fork()
@@ -307,6 +302,7 @@ class Controller(ControlThread):
             self._listening.close()
         close_all([self._lock, *(kept.descriptor for kept in self.unclaimed)])
         self.unclaimed.clear()
+        self.blobs.close()
         self._listening, self._lock = None, -1
 
     def status(self) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import resource
 import socket
 import stat
 from typing import Any, NamedTuple
@@ -78,3 +81,18 @@ def expect(
 
 def _name(value: object) -> object:
     return getattr(value, "name", value)
+
+
+LARGEST_TABLE = 1 << 16
+"""Descriptors that the kernel has room for at once, at eight bytes each."""
+
+
+def grow_table() -> None:
+    """Has the kernel make room for as many descriptors as this process may have, before it has a second thread.
+
+    As soon as threads share the table, each doubling of it waits until no CPU is looking at the old one
+    (expand_fdtable() in fs/file.c calls synchronize_rcu()): some milliseconds each, while connections come in.
+    """
+    highest = min(int(resource.getrlimit(resource.RLIMIT_NOFILE)[0]), LARGEST_TABLE) - 1
+    with contextlib.suppress(OSError), open(os.devnull, "rb", buffering=0) as any_file:
+        os.close(fcntl.fcntl(any_file.fileno(), fcntl.F_DUPFD_CLOEXEC, highest))

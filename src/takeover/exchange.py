@@ -80,6 +80,11 @@ class Exchange:
         """Whether time means anything in the present state."""
         return self.machine.state not in IDLE
 
+    @property
+    def loss(self) -> Event:
+        """The event that a lost link is in the present state."""
+        return Local.LOST
+
     def owned(self) -> list[int]:
         """The descriptors that the role owns besides its link, for a forked child to close."""
         return []
@@ -99,6 +104,10 @@ class Exchange:
 
     def changed(self, before: State) -> None:
         """Called after each change of state."""
+
+    def hang_up(self) -> None:
+        """Closes the link."""
+        self.link.close()
 
     def step(self, event: Event) -> None:
         """Feeds one event, and those that its actions bring about, in order."""
@@ -128,8 +137,8 @@ class Exchange:
             self._since = now
             self._elapsed = self._silent = 0
             self.changed(before)
-        if self.link.lost and self.state is not before and self.machine.accepts(Local.LOST):
-            self._events.append(Local.LOST)
+        if self.link.lost and self.state is not before and self.machine.accepts(self.loss):
+            self._events.append(self.loss)
 
     def _act(self, action: Action) -> None:
         self._at_boundary("before", action.name)
@@ -137,7 +146,7 @@ class Exchange:
             if isinstance(action, Type):
                 self.message(action)
             elif action is Do.CLOSE:
-                self.link.close()
+                self.hang_up()
             else:
                 event = self.perform(action)
                 if event is not None:
@@ -177,8 +186,8 @@ class Exchange:
         self._lose()
 
     def _lose(self) -> None:
-        if self.link.lost and self.machine.accepts(Local.LOST):
-            self.step(Local.LOST)
+        if self.link.lost and self.machine.accepts(self.loss):
+            self.step(self.loss)
 
     def _frame(self, frame: Frame) -> None:
         self._silent = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import time
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +25,12 @@ WINDOW = 3
 """Batches on their way at a time: one that is being adopted, one in the socket, one that is being packed."""
 
 FIRST_BATCH = 64
+SMALL_BATCH = 32
 QUICK, SLOW = 0.003, 0.008
 """Seconds from the export of a batch to its release: below the one the next is twice as large, above the other half."""
+
+TOO_SLOW = 0.1
+"""Seconds above which even a small batch is halved: only handlers take so long, all else is a machine that is busy."""
 
 BATCH_SIZE = 256 << 10
 """Bytes of records at which a batch is full, whatever the number of its connections."""
@@ -41,7 +45,8 @@ FAILURES = 10
 class Giver(End):
     """`left` counts by words (records.WORDS, and "room", "kernel") what has stayed here, and why.
 
-    While `more_to_come` says so the channel stays open, for what an older process may still move here.
+    While `more_to_come` says so the channel stays open, for what an older process may still move here. What handlers
+    have ended while it stood still is `_staying` until the other end has said that it does not serve it.
     """
 
     role = "giver"
@@ -61,15 +66,28 @@ class Giver(End):
         self._cursor = 0
         self._reasons: dict[str, int] = {}
         self._pause = SOONEST
+        self._resting = False
+        self._busy = 0
         self._packed: tuple[bytes, array[int]] = (b"", array("i"))
         self._refused: list[list[Any]] = []
+        self._staying: deque[Batch] = deque()
         self._release = b""
         self._pump_soon()
 
     def leave(self) -> None:
         """The deadline: what is on its way comes back, unless the other end has it already."""
-        if not self.finished:
+        while not self.finished:
             self.step(Local.LEAVING)
+        self.link.close()
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.batches or self._staying)
+
+    @property
+    def loss(self) -> Event:
+        """An end that is not the end of the stream does not tell what the other one has adopted."""
+        return Local.FAIL if self.error is not None and self.state is State.OUTRUN else Local.LOST
 
     def flushed(self) -> None:
         super().flushed()
@@ -80,22 +98,22 @@ class Giver(End):
 
     def _pump(self) -> None:
         """Sends one batch more, if the window has room; the next one in another turn of the loop."""
-        if self.link.unsent or len(self.batches) >= self._window:
+        if self._resting or self.link.unsent or self.state is not State.GIVING or len(self.batches) >= self._window:
             return
         if self._cursor >= 0:
             self._export()
-        elif not self.batches:
+        elif not self.waits:
             self._come_to_an_end()
 
     def _export(self) -> None:
-        on_their_way = sum(len(batch.descriptors) for batch in self.batches)
-        most = min(self._most, records.MOST_CONNECTIONS, self._room - on_their_way)
+        most = min(self._most, records.MOST_CONNECTIONS, self._room - self._on_their_way())
         if most <= 0:
             if not self.batches:
                 self._give_up("room")
             return
         if not _has_byte(self._token):
-            return  # the other end has claimed what is on its way, and says so by hanging up
+            self.step(Local.BEATEN)
+            return
         body, descriptors, self._cursor = self.connections.export_connections(
             self._cursor, most, BATCH_SIZE, self._reasons
         )
@@ -105,29 +123,47 @@ class Giver(End):
         self._pump_soon()
 
     def _give_up(self, why: str) -> None:
-        """What has not moved by now stays here."""
+        """What has not moved by now, and is not on its way, stays here."""
         self._cursor = -1
-        self._reasons.clear()
-        self.left[why] += 1
+        self._count_left()
+        self._busy = 0
+        self.left[why] += max(0, self.connections.connections - self._on_their_way() - self.left.total())
         self._pump_soon()
 
-    def _come_to_an_end(self) -> None:
-        busy = self._reasons.pop("busy", 0)
+    def _count_left(self) -> None:
+        """Who was found to stay counts once and for all; who has said "not now" in this pass may be asked again."""
+        self._busy += self._reasons.pop("busy", 0)
         self.left.update(self._reasons)
-        self._reasons = {}
-        if busy or self.more_to_come():
-            self.loop.call_later(self._pause, self.guard, self._begin_anew)
-            self._pause = min(2 * self._pause, LATEST)
+        self._reasons.clear()
+
+    def _on_their_way(self) -> int:
+        return sum(len(batch.descriptors) for batch in (*self.batches, *self._staying))
+
+    def _come_to_an_end(self) -> None:
+        self._count_left()
+        if self._busy or self.more_to_come():
+            self._rest()
         else:
             self.step(Local.EMPTY)
 
+    def _rest(self) -> None:
+        """Sends nothing for a moment, and asks everybody anew then."""
+        self._resting = True
+        self.loop.call_later(self._pause, self.guard, self._begin_anew)
+        self._pause = min(2 * self._pause, LATEST)
+
     def _begin_anew(self) -> None:
-        if self._cursor < 0:
-            self._cursor = 0
-            self._pump()
+        self._resting = False
+        self._cursor = self._busy = 0
+        self._reasons.pop("busy", None)
+        self._pump()
 
     def received(self, frame: Frame) -> Event | None:
-        if _has_hung_up(self.link.fileno()):
+        if frame.type is Type.DROPPED:
+            if not self._staying or frame.body["batch"] != self._staying[0].number:
+                raise RemoteProtocolError(f"a part of batch {frame.body['batch']} was dropped that was not to stay")
+            return frame.type
+        if _has_hung_up(self.link.fileno()) and _has_byte(self._token):
             return None  # the other end is gone, and has neither read nor written on what it adopted
         self._check(frame)
         self._refused = frame.body["refused"]
@@ -175,24 +211,37 @@ class Giver(End):
             logger.warning("sendmsg of %d connections: %s; the rest is drained", len(descriptors), error.strerror)
             self._give_up("kernel")
         else:
-            self._cursor = -1
-            self.loop.call_later(self._pause, self.guard, self._begin_anew)
-            self._pause = min(2 * self._pause, LATEST)
+            self._rest()
 
     def perform(self, action: Do) -> Event | None:
         if action is Do.RECLAIM:
             return self.take_token()
         if action is Do.RELINQUISH:
             self._relinquish()
-            return None
-        for batch in self.batches:
-            if action is Do.PUT_BACK:
-                self.connections.put_back_connections(batch.descriptors, False)
-            else:
-                self.connections.drop_connections(batch.descriptors, ())
-                self.account.moved_out += len(batch.descriptors)
-        self.batches.clear()
+        elif action is Do.SERVE_ON:
+            self._serve_on(self._staying.popleft())
+            self._pump_soon()
+        elif action is Do.FORGO:
+            self._forgo(self._staying)
+        elif action is Do.RELINQUISH_ALL:
+            self._forgo(self._staying)
+            self._forgo(self.batches)
+        elif action is Do.PUT_BACK:
+            while self._staying:
+                self._serve_on(self._staying.popleft())
+            while self.batches:
+                self.connections.put_back_connections(self.batches.popleft().descriptors, False)
         return None
+
+    def _serve_on(self, staying: Batch) -> None:
+        self.connections.put_back_connections(staying.descriptors, True)
+        self.left["closing"] += len(staying.descriptors)
+
+    def _forgo(self, batches: deque[Batch]) -> None:
+        while batches:
+            batch = batches.popleft()
+            self.connections.drop_connections(batch.descriptors, ())
+            self.account.moved_out += len(batch.descriptors)
 
     def _relinquish(self) -> None:
         batch = self.batches.popleft()
@@ -204,16 +253,34 @@ class Giver(End):
         self.left.update(why)
         self.account.refused.update(why)
         if kept:
-            self.left["closing"] += len(kept)
+            staying = array("i", [batch.descriptors[index] for index in kept])
+            self._staying.append(batch._replace(descriptors=staying))
         took = time.monotonic() - batch.began
         if took < QUICK:
             self._most = min(2 * self._most, records.MOST_CONNECTIONS)
-        elif took > SLOW:
+        elif took > (SLOW if self._most > SMALL_BATCH else TOO_SLOW):
             self._most = max(self._most // 2, 1)
+
+    def _read_to_the_end(self) -> None:
+        """What the other end had said before it read the token has come, and nothing is left for it to say."""
+        while self.state is State.OUTRUN and not self.link.lost and self.link.first_byte():
+            self.readable()
+        if self.state is State.OUTRUN and not self.link.lost and not self.batches:
+            self.step(Local.EMPTY)
+
+    def readable(self) -> None:
+        super().readable()
+        if self.state is State.OUTRUN and not self.batches:
+            self.loop.call_soon(self.guard, self._read_to_the_end)
 
     def changed(self, before: State) -> None:
         super().changed(before)
+        if self.state is State.OUTRUN:
+            self.loop.call_soon(self.guard, self._read_to_the_end)
         if self.finished:
+            self._count_left()
+            if self._busy:
+                self.left["busy"] += self._busy
             self.account.drained.update(self.left)
             self.account.changed()
             logger.info(

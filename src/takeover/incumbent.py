@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ._version import VERSION
@@ -14,10 +16,12 @@ from .errors import RemoteProtocolError
 from .exchange import Exchange, logger, read_token
 from .link import Link, close_all
 from .protocol import COMMIT_BYTE, INCUMBENT, SETTLE_BYTE, Do, Event, Local, State
-from .wire import MAX_DESCRIPTORS, VERSIONS, Body, Frame, Type, as_text
+from .wire import MAX_DESCRIPTORS, SCHEMA, VERSIONS, Body, Frame, Type, as_text
 
 if TYPE_CHECKING:
     from .controller import Controller
+
+Items = list[tuple[dict[str, Any], int]]
 
 UNDECIDED = frozenset({State.OFFERING, State.WARMING, State.COMMITTED, State.PROBATION})
 
@@ -41,7 +45,7 @@ class Incumbent(Exchange):
         self.ready: Body = {}
         self._refusal = ("busy", "")
         self._token = -1
-        self._batches: list[tuple[list[dict[str, Any]], list[int]]] | None = None
+        self._batches: list[Items] | None = None
         self._counted = -1
         link.send(
             Type.HELLO,
@@ -95,7 +99,7 @@ class Incumbent(Exchange):
         if len(elders) >= self.owner.settings.max_generations:
             pids = ", ".join(str(elder.pid) for elder in elders)
             return "generations", f"{len(elders)} older generations still drain (pid {pids}); wait, or raise the limit"
-        needed = len(self.owner.estate()) + 1
+        needed = len(self.owner.estate()) + self.owner.blobs.count() + 1
         if wish["room"] < needed:
             return "room", f"{needed} descriptors to hand over, room for {wish['room']} (see ulimit -n)"
         return None
@@ -109,6 +113,7 @@ class Incumbent(Exchange):
             self.link.send(kind, {"deadline": self.owner.settings.drain_timeout})
         elif kind is Type.DONE:
             self.owner.bequeath_elders(self.link)
+            self.owner.blobs.pass_on(self.link)
         else:
             super().message(kind)
 
@@ -148,28 +153,31 @@ class Incumbent(Exchange):
             self._batches = self._prepare()
         if not self._batches:
             return Local.OFFERED
-        items, descriptors = self._batches.pop(0)
-        left = sum(len(rest) for rest, _ in self._batches)
-        self.link.send(Type.LISTENERS, {"items": items, "left": left}, descriptors)
+        batch = self._batches.pop(0)
+        left = sum(map(len, self._batches))
+        self.link.send(
+            Type.LISTENERS,
+            {"items": [item for item, _ in batch], "left": left},
+            [descriptor for _, descriptor in batch],
+        )
         return None
 
-    def _prepare(self) -> list[tuple[list[dict[str, Any]], list[int]]]:
+    def _prepare(self) -> list[Items]:
         self._token, writing = os.pipe()
         os.set_blocking(self._token, False)
         os.write(writing, COMMIT_BYTE + SETTLE_BYTE)
         os.close(writing)
         token = {"role": "token", "name": "", "url": "", "device": 0, "inode": 0}
-        items = [(token, self._token), *self.owner.estate()]
-        return [
-            ([item for item, _ in batch], [descriptor for _, descriptor in batch])
-            for batch in (items[start : start + MAX_DESCRIPTORS] for start in range(0, len(items), MAX_DESCRIPTORS))
-        ]
+        return list(_batches([(token, self._token), *self.owner.estate(), *self.owner.blobs.offer()]))
 
     def changed(self, before: State) -> None:
         if self.state is State.PROBATION and not self.owner.settings.probation:
             self.step(Local.PROBATION_OVER)
         if before in UNDECIDED | {State.TAKING_BACK} and self.state not in UNDECIDED | {State.TAKING_BACK}:
             close_all([self._token])
+            self.owner.blobs.decided()
+            if self.state is State.CLOSED and self.owner.state == "draining":
+                self.owner.blobs.give_up()
             self.owner.decided(self)
 
     def tick(self) -> None:
@@ -182,3 +190,18 @@ class Incumbent(Exchange):
             if count != self._counted and not self.link.unsent:
                 self._counted = count
                 self.link.send(Type.DRAINING, {"connections": count})
+
+
+def _batches(items: Items) -> Iterator[Items]:
+    """What fits in one frame each, by the number of descriptors and by the length of the names."""
+    batch: Items = []
+    room = 0
+    for item in items:
+        size = len(json.dumps(item[0])) + 1
+        if size > room or len(batch) == MAX_DESCRIPTORS:
+            if batch:
+                yield batch
+            batch, room = [], SCHEMA[Type.LISTENERS].limit - 100
+        batch.append(item)
+        room -= size
+    yield batch

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
 from ._backend import fdpass
 from .control import Peer, peer_of
 from .errors import RemoteProtocolError
-from .wire import MAX_DESCRIPTORS, Body, Decoder, Frame, Type, encode
+from .wire import Body, Decoder, Frame, Type, encode
 
 FRAMES_AT_ONCE = 32
 """How many frames one link may have processed before it is another link's turn."""
@@ -102,6 +105,21 @@ class Link:
                 close_all(self._given)
                 self._given.clear()
 
+    def finish(self, seconds: float) -> None:
+        """Sends the rest of what is queued, and waits for room for up to so many seconds in all."""
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
+        with contextlib.suppress(OSError):
+            while self._queue:
+                poll.register(self.sock, select.POLLOUT)
+                if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                    break
+                self.flush()
+
+    def withdraw(self) -> None:
+        """Forgets the queued frames of which nothing has gone yet, descriptors included: those may be closed now."""
+        self._queue = deque((data, descriptors) for data, descriptors in self._queue if not descriptors)
+
     def first_byte(self) -> bytes | None:
         """The next byte without taking it; b"" at the end, None where nothing has come yet."""
         try:
@@ -110,16 +128,6 @@ class Link:
             return None
         except OSError:
             return b""
-
-    def take_legacy(self) -> int:
-        """The one descriptor that rides on the original script's byte; the caller owns it."""
-        _, descriptors = fdpass.receive_descriptors(self.sock.fileno(), 1, MAX_DESCRIPTORS)
-        if len(descriptors) != 1:
-            close_all(descriptors)
-            raise RemoteProtocolError(
-                f"a single 0 byte came with {len(descriptors)} descriptors instead of one listener"
-            )
-        return int(descriptors[0])
 
     def receive(self) -> list[Frame]:
         """The frames that are complete; their descriptors are the caller's. Raises RemoteProtocolError."""

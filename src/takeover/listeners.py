@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .control import Identity, remove_own
 from .descriptors import describe
 from .errors import AddressError, ListenError
 
@@ -198,3 +199,21 @@ def refuse_new(sock: socket.socket) -> bool:
     except OSError:
         return False
     return True
+
+
+class Held(NamedTuple):
+    """A listener of the service; the socket is the server's too, who may have closed it."""
+
+    name: str
+    url: str
+    sock: socket.socket
+    path: str
+    identity: Identity | None
+
+    @property
+    def is_open(self) -> bool:
+        return self.sock.fileno() >= 0
+
+    def remove_path(self) -> None:
+        """Removes the file of a UNIX listener, if it is still its own."""
+        remove_own(self.path, self.identity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ GUARD = b"\0" * 8 + (1000).to_bytes(8, "little")
 shares the listener has made it blocking: O_NONBLOCK belongs to the open file, not to the descriptor."""
 
 
-class LoopServer(Server):
+class LoopServer(Server, ABC):
     """What servers on different loops share. The methods of Server hop from the control thread to the loop's.
 
     `loop` has call_soon_threadsafe() and what an End needs of it; `mover` moves its connections. `listeners` are by
@@ -49,17 +50,17 @@ class LoopServer(Server):
         self._kept: frozenset[str] = frozenset()
         self._ending = False
 
+    @abstractmethod
     def when_empty(self, callback: Callable[[], object]) -> None:
         """Has the callback called, in the loop, as soon as no connection is open."""
-        raise NotImplementedError
 
+    @abstractmethod
     def abort_connections(self) -> int:
         """Aborts every connection that is open, and returns how many."""
-        raise NotImplementedError
 
+    @abstractmethod
     def over(self) -> None:
         """Nothing is left to serve."""
-        raise NotImplementedError
 
     def start_accepting(self) -> None:
         self._soon(self._start)
@@ -166,12 +167,13 @@ class LoopServer(Server):
 
     def look_whether_done(self) -> None:
         """A server that ends is over when nothing is open, and nothing is on its way out."""
-        self.ends = [end for end in self.ends if not end.finished]
+        self.ends = [end for end in self.ends if not end.over]
         giving = any(isinstance(end, Giver) for end in self.ends)
         if self._ending and not self._kept and not giving and not self.connections():
             self.over()
 
     def _deadline(self) -> None:
+        self.leave_channels()
         aborted = self.abort_connections()
         logger.warning("drain deadline of %g s: closed %d connections", self.drain_timeout, aborted)
         self.over()

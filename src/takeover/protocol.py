@@ -18,10 +18,18 @@ A link that is lost stays lost: LOST is delivered again in each new state whose 
 
 Established connections move when the service is settled, from the loop of the one process straight to the loop of the
 other, on a *channel*: a socket pair that the successor makes (TAKE). Its two ends are tables of their own, the *giver*
-and the *taker*. A batch is the giver's until ADOPTED has come back, and the taker's from RELEASED on; in between it
-stands still. Who owns what is in between when the other is dead, stopped or hangs is again no matter of opinion: with
-the channel goes a token with one byte. Whoever reads it owns every batch that was not released. Without trouble nobody
-reads it.
+and the *taker*. A batch stands still from CONNECTIONS to RELEASED, and then it is the taker's. Who serves what stands
+still when the other is dead, stopped or hangs is again no matter of opinion: with the channel goes a token with one
+byte, which nobody reads without trouble.
+
+- The giver reads it: every batch that was not released is served on by the giver. The taker, which finds the token
+  empty, serves what was released before, and closes its copies of the rest.
+- The taker reads it: it serves every batch that it adopts without waiting for RELEASED, and says ADOPTED of each before
+  it touches it, with what it has refused. So the giver, which finds the token empty, has only to read on: what was
+  adopted is the taker's, and what was refused, or not yet adopted when the taker's end is closed, is the giver's.
+
+A connection that its handler has ended while it stood still is not released, but stays the giver's, if the taker says
+so (DROPPED): for a taker that has read the token serves it already.
 """
 
 from __future__ import annotations
@@ -104,6 +112,8 @@ class Local(enum.Enum):
     GOT_CHANNEL = "the token gave CHANNEL_BYTE"
     BATCH = "a batch of connections was taken out of the loop"
     EMPTY = "nothing is left that could move"
+    BEATEN = "the other end has read the channel's token"
+    PARTLY = "a batch was released, but for some of it (RELEASED)"
 
 
 class Do(enum.Enum):
@@ -128,10 +138,11 @@ class Do(enum.Enum):
     START = "read and write on the batch"
     START_ALL = "read and write on everything that was adopted"
     DROP_ALL = "close everything that was adopted and not released"
-    HANG_UP = "say nothing more"
-    RELINQUISH = "close our copies of the batch, but for what was refused"
-    RELINQUISH_ALL = "close our copies of everything that was sent"
-    PUT_BACK = "serve everything that was sent on"
+    RELINQUISH = "close our copies of the batch, but for what was refused, which is served on, and what is to stay"
+    RELINQUISH_ALL = "close our copies of everything that is on its way"
+    PUT_BACK = "serve everything that is on its way on"
+    SERVE_ON = "serve on what is to stay of the batch"
+    FORGO = "close our copies of what is to stay"
     RECLAIM = "read the channel's token, to serve on"
     CLAIM = "read the channel's token, to own"
 
@@ -228,25 +239,32 @@ SUCCESSOR = _table(
 GIVER = _table(
     (State.GIVING, (Local.BATCH,), State.GIVING, (Type.CONNECTIONS,)),
     (State.GIVING, (Type.ADOPTED,), State.GIVING, (Do.RELINQUISH, Type.RELEASED)),
+    (State.GIVING, (Type.DROPPED,), State.GIVING, (Do.SERVE_ON,)),
     (State.GIVING, (Local.EMPTY,), State.CLOSED, (Type.FINISHED, Do.CLOSE)),
-    (State.GIVING, (Local.LOST, Local.SILENT, Local.LEAVING), State.RECLAIMING, (Do.RECLAIM,)),
+    (State.GIVING, (Local.LOST, Local.SILENT, Local.LEAVING, Local.BEATEN), State.RECLAIMING, (Do.RECLAIM,)),
     (State.RECLAIMING, (Local.GOT_CHANNEL,), State.CLOSED, (Do.CLOSE, Do.PUT_BACK)),
-    (State.RECLAIMING, (Local.GOT_NOTHING,), State.CLOSED, (Do.RELINQUISH_ALL, Do.CLOSE)),
+    (State.RECLAIMING, (Local.GOT_NOTHING,), State.OUTRUN, ()),
+    (State.OUTRUN, (Type.ADOPTED,), State.OUTRUN, (Do.RELINQUISH,)),
+    (State.OUTRUN, (Type.DROPPED,), State.OUTRUN, (Do.SERVE_ON,)),
+    (State.OUTRUN, (Local.EMPTY,), State.CLOSED, (Do.FORGO, Type.FINISHED, Do.CLOSE)),
+    (State.OUTRUN, (Local.LOST,), State.CLOSED, (Do.FORGO, Do.PUT_BACK, Do.CLOSE)),
+    (State.OUTRUN, (Local.FAIL, Local.LEAVING), State.CLOSED, (Do.RELINQUISH_ALL, Do.CLOSE)),
 )
 
 TAKER = _table(
     (State.TAKING, (Type.CONNECTIONS,), State.TAKING, (Do.ADOPT, Type.ADOPTED)),
     (State.TAKING, (Type.RELEASED,), State.TAKING, (Do.START,)),
+    (State.TAKING, (Local.PARTLY,), State.TAKING, (Do.START, Type.DROPPED)),
     (State.TAKING, (Type.FINISHED,), State.CLOSED, (Do.CLOSE,)),
     (State.TAKING, (Local.LOST, Local.SILENT), State.RESOLVING, (Do.CLAIM,)),
-    (State.RESOLVING, (Local.GOT_CHANNEL,), State.CLAIMED, (Do.START_ALL, Do.HANG_UP)),
+    (State.RESOLVING, (Local.GOT_CHANNEL,), State.CLAIMED, (Do.START_ALL,)),
     (State.RESOLVING, (Local.GOT_NOTHING,), State.OUTRUN, ()),
-    (State.CLAIMED, (Type.CONNECTIONS,), State.CLAIMED, (Do.ADOPT, Do.START_ALL)),
-    (State.CLAIMED, (Type.RELEASED,), State.CLAIMED, ()),
+    (State.CLAIMED, (Type.CONNECTIONS,), State.CLAIMED, (Do.ADOPT, Type.ADOPTED, Do.START_ALL)),
+    (State.CLAIMED, (Type.RELEASED, Local.PARTLY), State.CLAIMED, ()),
     (State.CLAIMED, (Local.LOST, Type.FINISHED), State.CLOSED, (Do.CLOSE,)),
-    (State.OUTRUN, (Type.RELEASED,), State.OUTRUN, (Do.START,)),
+    (State.OUTRUN, (Type.RELEASED, Local.PARTLY), State.OUTRUN, (Do.START,)),
     (State.OUTRUN, (Type.CONNECTIONS,), State.OUTRUN, (Do.ADOPT,)),
-    (State.OUTRUN, (Local.LOST, Type.FINISHED), State.CLOSED, (Do.DROP_ALL, Do.CLOSE)),
+    (State.OUTRUN, (Local.LOST,), State.CLOSED, (Do.DROP_ALL, Do.CLOSE)),
 )
 
 FINAL = frozenset({State.CLOSED, State.FAILED, State.UNDONE})

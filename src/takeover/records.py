@@ -56,6 +56,14 @@ class NotNow(enum.Enum):
 NOT_NOW = NotNow.NOT_NOW
 
 
+def version_of(protocol: object) -> int:
+    """The version of the state that a protocol exports: its `state_version`. Raises TypeError where that is none."""
+    version = getattr(protocol, "state_version", 0)
+    if not isinstance(version, int) or not -(1 << 31) <= version < 1 << 31:
+        raise TypeError(f"state_version must be an int of 32 bits, not {version!r}")
+    return version
+
+
 def reads_version(protocol: object, version: int) -> bool:
     """Whether a protocol's class says that it can read a version of the state: its own, unless it names several."""
     own = getattr(protocol, "state_version", 0)
@@ -170,6 +178,14 @@ def unseal(descriptor: int) -> memoryview:
     return memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) if size else b"")
 
 
+class Release(NamedTuple):
+    """The body of RELEASED: by index who stays, and the tails of the others."""
+
+    batch: int
+    kept: list[int]
+    tails: dict[int, bytes]
+
+
 def pack_release(batch: int, kept: Sequence[int], tails: Mapping[int, bytes]) -> bytes:
     """The body of RELEASED: which connections stay after all, and what was written to the others in the meantime."""
     parts = [struct.pack(f"!IH{len(kept)}H", batch, len(kept), *kept)]
@@ -178,12 +194,12 @@ def pack_release(batch: int, kept: Sequence[int], tails: Mapping[int, bytes]) ->
     return b"".join(parts)
 
 
-def unpack_release(body: bytes) -> tuple[int, list[int], dict[int, bytes]]:
-    """The number of the batch, who stays, and the tails. Raises RemoteProtocolError."""
+def unpack_release(body: bytes) -> Release:
+    """Raises RemoteProtocolError."""
     try:
         batch, count = struct.unpack_from("!IH", body)
         kept = list(struct.unpack_from(f"!{count}H", body, 6))
-        return batch, kept, dict(_tails(body, 6 + 2 * count))
+        return Release(batch, kept, dict(_tails(body, 6 + 2 * count)))
     except (struct.error, ValueError) as error:
         raise RemoteProtocolError(f"the body of a RELEASED is garbled: {error}") from None
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import select
 import socket
 import time
 from collections.abc import Collection
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import listeners
+from . import blobs, listeners, original
 from .control import ControlPath, Identity, identity
-from .controller import Controller, Held, Server, Settings
+from .controller import Controller, Server, Settings
+from .descriptors import grow_table
 from .errors import (
     AddressError,
-    ControlPathError,
     Interrupted,
     LocalError,
     LocalProtocolError,
@@ -25,9 +23,13 @@ from .errors import (
 )
 from .exchange import logger
 from .link import Link
+from .listeners import Held
 from .protocol import Limits, Local
-from .successor import Inherited, Successor
-from .wire import LEGACY_BYTE, LONGEST_TEXT, MAGIC, as_text
+from .successor import Successor
+from .wire import LONGEST_TEXT, as_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 LONGEST_NAME = LONGEST_TEXT - 24
 """Characters of a name, which leaves room for the number of a member of a group."""
@@ -68,6 +70,8 @@ class Service:
         self._backlogs: dict[str, int] = {}
         self._is_ready = False
         self._lock = -1
+        if server.live:
+            grow_table()
         self._controller = Controller(control, server, settings)
         self._controller.start()
         try:
@@ -222,6 +226,27 @@ class Service:
         """
         return self._controller.over.wait(timeout)
 
+    def hand_over(self, name: str, data: Buffer) -> None:
+        """Gives a copy of the data to the next process, which asks for it with inherited(name); from ready() on.
+
+        Until there is a settled successor the newest of a name waits for it; afterwards, for instance when wait() has
+        returned, it is sent at once. Nothing is kept when the service was given up or undone. Raises LocalError where
+        the machine has no memory or descriptors left, or for more than 1,024 names.
+        """
+        _check_text("blob", name)
+        if not self._is_ready:
+            raise LocalProtocolError("hand_over() before ready(): there is nothing to hand over yet")
+        blobs.hand_over(self._controller, name, data)
+
+    def inherited(self, name: str, timeout: float = 0.0) -> memoryview | None:
+        """What an older process has handed over, from join() on: a read-only view, no copy, freed with its last user.
+
+        None where it does not come within `timeout` seconds, or nobody is left who could send it. Each is given once,
+        so that a newer one of the name may be waited for; one that is to go on to the next process is handed over anew.
+        Until it is asked for, each takes a descriptor. Raises LocalError where it cannot be mapped.
+        """
+        return blobs.inherited(self._controller, name, timeout)
+
     def status(self) -> dict[str, Any]:
         """What `takeover status --json` prints."""
         return self._controller.ask(self._controller.status)
@@ -297,8 +322,11 @@ class Service:
 
     def _meet(self, link: Link) -> None:
         """Asks whoever listens at the path. Nobody but the original script does so without holding the lock."""
-        if self._lock >= 0 and self._first_byte(link) == LEGACY_BYTE:
-            self._adopt_original(link)
+        patience = self._settings.limits.greeting
+        if self._lock >= 0 and original.is_original(link, self._control.path, patience):
+            self._controller.unclaimed = [original.take_listener(link)]
+            self._from_original = True
+            self._start_cold()
             return
         successor = Successor(link, self._controller, dry_run=self._settings.dry_run)
         self._controller.ask(lambda: self._controller.add(successor))
@@ -308,33 +336,6 @@ class Service:
             lock, self._lock = self._lock, -1
             self._controller.ask(lambda: self._controller.keep_lock(lock))
         self._controller.unclaimed = self._controller.ask(successor.take_listeners)
-
-    def _first_byte(self, link: Link) -> bytes:
-        poll = select.poll()
-        poll.register(link.fileno(), select.POLLIN)
-        poll.poll(self._settings.limits.greeting * 1000)
-        byte = link.first_byte()
-        if byte not in (LEGACY_BYTE, bytes([MAGIC])):
-            link.close()
-            raise ControlPathError(
-                f"control path {self._control.path}: who listens there does not speak takeover; choose another path"
-            )
-        return byte or b""
-
-    def _adopt_original(self, link: Link) -> None:
-        """The original script gives its listener away the moment that somebody connects, and serves on what it has."""
-        try:
-            descriptor = link.take_legacy()
-            pid = link.peer.pid
-        finally:
-            link.close()
-        os.set_blocking(descriptor, False)
-        with socket.socket(fileno=os.dup(descriptor)) as sock:
-            url = listeners.url_of(sock)
-        self._controller.unclaimed = [Inherited("listener", url, url, descriptor, (0, 0))]
-        self._from_original = True
-        logger.info("took %s over from the original script (pid %d)", url, pid)
-        self._start_cold()
 
 
 def _check_text(what: str, text: str) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._version import VERSION
+from .blobs import MOST_BLOBS, check
 from .channel import Channel, open_channel, room_for_connections
 from .descriptors import expect
 from .errors import Aborted, LocalError, PeerLost, Refused, RemoteProtocolError, TakeoverError, TimedOut
@@ -158,6 +159,8 @@ class Successor(Exchange):
             self._meet_elders(self.frame)
         elif action is Do.OPEN_CHANNEL:
             self.open_channel()
+        elif action is Do.BEQUEATH and self.frame is not None:
+            self._inherit(self.frame)
         elif action is Do.COUNT and self.frame is not None:
             self.elder = self.elder._replace(connections=self.frame.body["connections"])
         return None
@@ -210,6 +213,10 @@ class Successor(Exchange):
             expect(descriptor, kind="file")
         elif role == "control":
             expect(descriptor, kind="socket", family=socket.AF_UNIX, type=socket.SOCK_STREAM, listening=True)
+        elif role == "blob":
+            check(descriptor)
+            if sum(kept.role == "blob" for kept in self.inherited) >= MOST_BLOBS:
+                raise RemoteProtocolError(f"more than {MOST_BLOBS:,} blobs have come")
         elif role == "listener":
             datagram = item["url"].startswith("udp:")
             expect(
@@ -226,6 +233,17 @@ class Successor(Exchange):
             identity = (item["device"], item["inode"])
             self.inherited.append(Inherited(role, item["name"], item["url"], descriptor, identity))
         del descriptors[0]
+
+    def _inherit(self, frame: Frame) -> None:
+        descriptors = frame.descriptors[:]
+        del frame.descriptors[:]
+        try:
+            if len(descriptors) != 1:
+                raise RemoteProtocolError(f"a BLOB came with {len(descriptors)} descriptors instead of one")
+            self.joiner.blobs.inherit(frame.body["name"], self.elder.generation, descriptors[0])
+            del descriptors[0]
+        finally:
+            close_all(descriptors)
 
     def _meet_elders(self, frame: Frame) -> None:
         self.elder = self.elder._replace(connections=frame.body["left"])
@@ -244,6 +262,7 @@ class Successor(Exchange):
             close_all([self._token])
             self._token = -1
         if self.state is State.WARMING and not self.joined.done():
+            self._pass_blobs()
             self.joined.set_result(None)
         elif self.state is State.STARTING:
             self.committed.set_result(None)
@@ -260,6 +279,8 @@ class Successor(Exchange):
             if not future.done():
                 future.set_exception(error)
         if self.state is State.UNDONE:
+            self.joiner.blobs.forget()
+            self.joiner.blobs.give_up()
             logger.error("the takeover was undone: %s", error)
 
     def _explain(self, before: State) -> TakeoverError:
@@ -269,6 +290,17 @@ class Successor(Exchange):
         if self.cause is Local.LOST and before in (State.GREETING, State.JOINING):
             return PeerLost(f"{self.reason} (pid {pid})")
         return Aborted(f"pid {pid} serves on: {self.reason or 'it took the service back'}")
+
+    def _pass_blobs(self) -> None:
+        self.joiner.blobs.expect()
+        for kept in [kept for kept in self.inherited if kept.role == "blob"]:
+            self.joiner.blobs.inherit(kept.name, self.elder.generation, kept.descriptor)
+            self.inherited.remove(kept)
+
+    def hang_up(self) -> None:
+        super().hang_up()
+        if not self.joiner.elders:
+            self.joiner.blobs.no_more()
 
     def take_listeners(self) -> list[Inherited]:
         """Hands the inherited listeners over to the caller, who owns them from now on."""

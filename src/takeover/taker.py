@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import socket
 import struct
 import time
 from array import array
 from typing import Any
 
 from . import records
-from .channel import Batch, End, check_indices, in_words, room_for_connections
+from .channel import Batch, End, check_indices, in_words
 from .errors import RemoteProtocolError
 from .exchange import logger
 from .link import close_all
-from .protocol import TAKER, Do, Event, State
+from .protocol import TAKER, Do, Event, Local, State
 from .wire import Frame, Type
-
-EXACT_BELOW = 2048
-"""Descriptors; while there is more room than that it is not counted anew for each batch."""
 
 
 class Taker(End):
@@ -32,20 +28,33 @@ class Taker(End):
         super().__init__(*arguments)
         self.moved = 0
         self.left: dict[str, int] = {}
-        self._room = self.channel.room
+        self._had = self.connections.connections
         self._refused: list[list[Any]] = []
+        self._answered = -1
+        self._release = records.Release(0, [], {})
         self.account.expected += self.channel.expected
 
     def received(self, frame: Frame) -> Event | None:
         if frame.type is Type.FINISHED:
+            if self.batches and self.state is State.TAKING:
+                raise RemoteProtocolError(f"FINISHED came before {len(self.batches)} batches were released")
             self.left = frame.body["left"]
+        elif frame.type is Type.RELEASED:
+            self._release = records.unpack_release(frame.data)
+            if self._release.kept:
+                return Local.PARTLY
         return frame.type
 
     def message(self, kind: Type) -> None:
         if kind is Type.ADOPTED:
-            if self._room < EXACT_BELOW:
-                self._room = room_for_connections()
-            self.link.send(kind, {"batch": self.batches[-1].number, "room": self._room, "refused": self._refused})
+            self.link.send(kind, {"batch": self.batches[-1].number, "room": self._room(), "refused": self._refused})
+            self._answered = self.batches[-1].number
+        elif kind is Type.DROPPED:
+            self.link.send(kind, {"batch": self._release.batch})
+
+    def _room(self) -> int:
+        """How many connections more there is room for; clients that have come since then take it too."""
+        return max(0, self.channel.room - (self.connections.connections - self._had))
 
     def perform(self, action: Do) -> Event | None:
         if action is Do.ADOPT:
@@ -56,49 +65,57 @@ class Taker(End):
             return self.take_token()
         elif action is Do.START_ALL:
             while self.batches:
-                self._serve(self.batches.popleft(), {})
+                self._serve_or_drop(self.batches.popleft())
         elif action is Do.DROP_ALL:
             while self.batches:
-                batch = self.batches.popleft()
-                self.connections.drop_connections(batch.descriptors, batch.skip)
-        elif action is Do.HANG_UP and not self.link.lost:
-            self.link.sock.shutdown(socket.SHUT_WR)
+                self._drop(self.batches.popleft())
         return None
 
     def _adopt(self) -> None:
         assert self.frame is not None
-        number, taken, body, descriptors = self._open(self.frame)
+        number, taken, size, descriptors = self._open(self.frame)
         if not self.batches:
             self._silent = 0
-        self._refused = self.connections.adopt_connections(body, descriptors, self.channel.generation)
+        try:
+            body = self._records(self.frame, len(descriptors), size)
+        except OSError as error:
+            logger.warning("no memory for %s bytes of connections: %s; they go back", f"{size:,}", error.strerror)
+            body, self._refused = memoryview(b""), [[index, "memory"] for index in range(len(descriptors))]
+        else:
+            del self.frame.descriptors[: len(descriptors)]
+            self._refused = self.connections.adopt_connections(body, descriptors, self.channel.generation)
+        finally:
+            close_all(self.frame.descriptors)
+            del self.frame.descriptors[:]
         skip = frozenset(index for index, _ in self._refused)
         self.batches.append(Batch(number, descriptors, taken, skip))
-        self._room -= len(descriptors) - len(skip)
         self.account.state_bytes += len(body)
         self.account.refused.update(word for _, word in self._refused)
 
-    def _open(self, frame: Frame) -> tuple[int, float, memoryview, array[int]]:
-        """Number, time, records and descriptors of a batch; those are the caller's, and the frame has none any more."""
+    def _open(self, frame: Frame) -> tuple[int, float, int, array[int]]:
+        """Number, time, size of the records and connections of a batch; the frame owns the descriptors still."""
         try:
             number, taken, count, size = records.BATCH.unpack_from(frame.data)
         except struct.error:
             raise RemoteProtocolError("the body of a CONNECTIONS is garbled") from None
-        body = memoryview(frame.data)[records.BATCH.size :]
-        extra = len(frame.descriptors) - count
-        if (extra, len(body)) not in ((0, size), (1, 0)) or count > records.MOST_CONNECTIONS:
-            raise RemoteProtocolError(f"{count} connections came with {len(frame.descriptors)} descriptors")
-        if extra:
-            body = records.unseal(frame.descriptors[-1])
-            if len(body) != size:
-                raise RemoteProtocolError(f"{size} bytes of records are announced, the file has {len(body)}")
-            close_all([frame.descriptors.pop()])
-        descriptors = frame.descriptors[:]
-        del frame.descriptors[:]
-        return number, taken / 1e9, body, descriptors
+        came = len(frame.data) - records.BATCH.size
+        if (len(frame.descriptors) - count, came) not in ((0, size), (1, 0)) or count > records.MOST_CONNECTIONS:
+            raise RemoteProtocolError(
+                f"{count} connections with {size} bytes came as {len(frame.descriptors)} descriptors and {came} bytes"
+            )
+        return number, taken / 1e9, size, frame.descriptors[:count]
+
+    def _records(self, frame: Frame, count: int, size: int) -> memoryview:
+        """The records of a batch, in the frame or in a file beside its connections."""
+        if len(frame.descriptors) == count:
+            return memoryview(frame.data)[records.BATCH.size :]
+        body = records.unseal(frame.descriptors[-1])
+        if len(body) != size:
+            raise RemoteProtocolError(f"{size} bytes of records are announced, the file has {len(body)}")
+        return body
 
     def _start(self) -> None:
-        assert self.frame is not None
-        number, kept, tails = records.unpack_release(self.frame.data)
+        number, kept, tails = self._release
         if not self.batches or number != self.batches[0].number:
             raise RemoteProtocolError(f"batch {number} was released, which is not the next one")
         batch = self.batches[0]
@@ -108,6 +125,16 @@ class Taker(End):
         if kept:
             self.connections.drop_connections(array("i", [batch.descriptors[index] for index in kept]), ())
         self._serve(batch._replace(skip=batch.skip | set(kept)), tails)
+
+    def _serve_or_drop(self, batch: Batch) -> None:
+        """What was adopted and not answered, since a mistake came in between, is the giver's still."""
+        if batch.number <= self._answered:
+            self._serve(batch, {})
+        else:
+            self._drop(batch)
+
+    def _drop(self, batch: Batch) -> None:
+        self.connections.drop_connections(batch.descriptors, batch.skip)
 
     def _serve(self, batch: Batch, tails: dict[int, bytes]) -> None:
         self.connections.start_connections(batch.descriptors, batch.skip, tails)
@@ -121,6 +148,7 @@ class Taker(End):
     def changed(self, before: State) -> None:
         super().changed(before)
         if self.finished:
+            self.account.last_move = (time.monotonic() - self.started) * 1000
             self.account.expected -= self.channel.expected - self.moved
             self.account.drained.update(self.left)
             self.account.changed()
@@ -133,6 +161,6 @@ class Taker(End):
             f"{self.moved:,}",
             self.channel.pid,
             self.channel.generation,
-            (time.monotonic() - self.started) * 1000,
+            self.account.last_move,
             f"; the rest drains there ({in_words(self.left)})" if self.left else "",
         )

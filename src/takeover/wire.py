@@ -68,6 +68,7 @@ class Type(enum.IntEnum):
     ADOPTED = 34
     RELEASED = 35
     FINISHED = 36
+    DROPPED = 37
 
 
 Check = Callable[[Any], bool]
@@ -184,6 +185,7 @@ SCHEMA: Mapping[Type, Schema] = {
     ),
     Type.RELEASED: Schema(64 << 20, False, None),
     Type.FINISHED: Schema(1 << 16, False, {"left": _counts}),
+    Type.DROPPED: Schema(4096, False, {"batch": _integer}),
 }
 
 

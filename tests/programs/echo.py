@@ -1,31 +1,16 @@
 """The echo server with what only tests may do to it: short limits, boundaries to wait at, high descriptor numbers."""
 
 import atexit
-import functools
 import json
-import logging
 import os
-import resource
 import signal
-import socket
 import sys
 from typing import Any
 
+from wishes import prepare
+
 import takeover
 from takeover import echo, service
-from takeover.exchange import Exchange
-
-
-def report_boundaries(name: str) -> None:
-    """Tells each boundary to the test that listens at the abstract name, and waits there for its answer."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.connect(f"\0{name}")
-
-    def boundary(step: str) -> None:
-        sock.send(step.encode())
-        sock.recv(1)
-
-    Exchange.boundary = boundary
 
 
 def signal_late() -> None:
@@ -43,16 +28,7 @@ def signal_late() -> None:
 def main() -> None:
     """Its argument: {"options": of serve(), "limits": of join(), "boundaries", "above", "nofile", "uid", "late"}."""
     wishes: dict[str, Any] = json.loads(sys.argv[1])
-    logging.raiseExceptions = False
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
-    if "nofile" in wishes:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wishes["nofile"], wishes["nofile"]))
-    for _ in range(wishes.get("above", 0)):
-        os.dup(0)
-    if "boundaries" in wishes:
-        report_boundaries(wishes["boundaries"])
-    if "limits" in wishes:
-        service.Limits = functools.partial(takeover.Limits, **wishes["limits"])  # type: ignore[assignment,attr-defined]
+    prepare(wishes)
     if "late" in wishes:
         signal_late()
     if "uid" in wishes:
