@@ -5,16 +5,20 @@ import os
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 from wishes import prepare
 
 import takeover
 from takeover import server
+from takeover.exchange import Exchange
 from takeover.records import NOT_NOW
 
 WISHES: dict[str, Any] = json.loads(sys.argv[1])
 open_protocols: set["Base"] = set()
+in_flight: list[Callable[[], object]] = []
+"""What handlers do the moment that their connections have been sent off."""
 
 
 class Base:
@@ -80,7 +84,7 @@ class Movable(Base):
         if poison == "huge":
             return state + b"\0" + bytes(int(number))
         if poison in ("write", "close", "abort", "write_eof", "writes_and_closes"):
-            self.loop.call_soon(getattr(self, f"{poison}_in_flight"))
+            in_flight.append(getattr(self, f"{poison}_in_flight"))
         return bytearray(state)
 
     def write_in_flight(self) -> None:
@@ -201,6 +205,19 @@ class Lines(Movable if not WISHES.get("unmovable") else Base):  # type: ignore[m
             self.transport.write(b'{"tick": %d, "pid": %d}\n' % (self.kept["ticks"], os.getpid()))
 
 
+def act_in_flight() -> None:
+    """Has what is in flight acted on in the very turn of the loop in which it was sent."""
+    before = Exchange.boundary
+
+    def boundary(step: str) -> None:
+        if before is not None:
+            before(step)
+        while step == "giver after CONNECTIONS" and in_flight:
+            in_flight.pop()()
+
+    Exchange.boundary = boundary
+
+
 def tick() -> None:
     for protocol in list(open_protocols):
         protocol.tick()
@@ -220,6 +237,7 @@ class Server(server.NativeServer):
 def main() -> None:
     """Its argument: {"options" of serve(), "kind": "Lines" or "Sums", what prepare() grants, and more}."""
     prepare(WISHES)
+    act_in_flight()
     server.NativeServer = Server  # type: ignore[misc]
     try:
         server.serve({"Lines": Lines, "Sums": Sums}[WISHES.get("kind", "Lines")], **WISHES["options"])
