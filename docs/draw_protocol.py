@@ -6,6 +6,7 @@ the exit status is 1 where the page is not what would be drawn.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 import sys
@@ -18,8 +19,10 @@ sys.path.insert(0, str(ROOT / "src"))
 from takeover.exchange import HEARTBEATS  # noqa: E402
 from takeover.protocol import (  # noqa: E402
     FINAL,
+    GIVER,
     INCUMBENT,
     SUCCESSOR,
+    TAKER,
     Action,
     Do,
     Event,
@@ -35,16 +38,16 @@ from takeover.wire import MAX_DESCRIPTORS, SCHEMA, Type  # noqa: E402
 CLIENT = frozenset({Type.STATUS, Type.STOP})
 """What a third process may ask the incumbent."""
 
+ROLES: dict[str, Table] = {"incumbent": INCUMBENT, "successor": SUCCESSOR, "giver": GIVER, "taker": TAKER}
+PEERS = {"incumbent": "successor", "successor": "incumbent", "giver": "taker", "taker": "giver"}
+
 
 def sender(kind: Type) -> str:
     """Who says it: whoever's peer has a row for it."""
     if kind in CLIENT:
         return "client"
-    to_incumbent = any(event is kind for _, event in INCUMBENT)
-    to_successor = any(event is kind for _, event in SUCCESSOR)
-    if to_incumbent and to_successor:
-        return "both"
-    return "successor" if to_incumbent else "incumbent"
+    senders = [PEERS[role] for role, table in ROLES.items() if any(event is kind for _, event in table)]
+    return senders[0] if len(senders) == 1 else "both"
 
 
 def size(limit: int) -> str:
@@ -58,7 +61,7 @@ def frames() -> str:
     lines = ["| type | message | from | body, at most | descriptors | fields |", "|---|---|---|---|---|---|"]
     for kind, schema in sorted(SCHEMA.items()):
         descriptors = f"up to {MAX_DESCRIPTORS}" if schema.descriptors else "none"
-        fields = ", ".join(f"`{name}`" for name in schema.fields)
+        fields = "bytes" if schema.fields is None else ", ".join(f"`{name}`" for name in schema.fields)
         lines.append(f"| {kind} | {kind.name} | {sender(kind)} | {size(schema.limit)} | {descriptors} | {fields} |")
     return "\n".join(lines)
 
@@ -66,7 +69,7 @@ def frames() -> str:
 def time_limits() -> str:
     limits = Limits()
     lines = ["| state | of | sends heartbeats | silence of the peer, s | whole state, s |", "|---|---|---|---|---|"]
-    for role, table in (("incumbent", INCUMBENT), ("successor", SUCCESSOR)):
+    for role, table in ROLES.items():
         for state in states(table):
             silence = silence_limit(state, limits) if (state, Local.SILENT) in table else None
             whole = budget(state, limits) if (state, Local.OVERTIME) in table else None
@@ -117,7 +120,7 @@ def _names(found: list[Event] | tuple[Action, ...]) -> str:
 
 
 def diagram(table: Table) -> str:
-    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {State.GREETING.name}"]
+    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {states(table)[0].name}"]
     for (state, after, what), found in _grouped(table).items():
         if after is not state or what:
             label = ", ".join(event.name for event in found)
@@ -132,10 +135,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "time limits": time_limits,
     "events": events,
     "actions": actions,
-    "incumbent's diagram": lambda: diagram(INCUMBENT),
-    "incumbent's rows": lambda: rows(INCUMBENT),
-    "successor's diagram": lambda: diagram(SUCCESSOR),
-    "successor's rows": lambda: rows(SUCCESSOR),
+    **{f"{role}'s diagram": functools.partial(diagram, table) for role, table in ROLES.items()},
+    **{f"{role}'s rows": functools.partial(rows, table) for role, table in ROLES.items()},
 }
 _PART = re.compile(r"<!-- drawn: ([^\n]+) -->\n.*?<!-- end -->", re.DOTALL)
 

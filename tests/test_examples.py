@@ -53,3 +53,22 @@ def test_who_is_in_the_chat_room_goes_along_with_the_line_that_is_being_typed(ro
         assert first.wait() == 0
         say(one, b" you?\n", b"how are you?\n")
         assert receive_exactly(other, 13) == b"how are you?\n"
+
+
+def test_who_is_in_the_chat_room_of_coroutines_keeps_name_and_line_and_is_not_said_to_have_left(room: Room) -> None:
+    def start() -> Program:
+        program = room.run(sys.executable, str(EXAMPLES / "aio_chat.py"), room.url, room.control)
+        room.wait_for_owner(program)
+        return program
+
+    first = start()
+    with room.connect() as other:
+        say(other, b"hello\n", b"hello\n")
+        with room.connect() as ada:
+            say(ada, b"/name Ada\nhello\nhow are", b"Ada: hello\n")
+            assert receive_exactly(other, 11) == b"Ada: hello\n"
+            start()
+            assert first.wait() == 0
+            say(ada, b" you?\n", b"Ada: how are you?\n")
+            assert receive_exactly(other, 18) == b"Ada: how are you?\n"
+        assert receive_exactly(other, 13) == b"Ada has left\n"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 import re
+import struct
 from types import ModuleType
 
 import pytest
 
-from takeover.protocol import INCUMBENT, SUCCESSOR, Do, Limits, Local
+from takeover import records
+from takeover.protocol import CHANNEL_BYTE, GIVER, INCUMBENT, SUCCESSOR, TAKER, Do, Limits, Local
 from takeover.wire import MAGIC, MAX_DESCRIPTORS, REFUSALS, SCHEMA, VERSIONS, Type
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
@@ -49,7 +51,7 @@ def test_a_part_that_is_missing_is_noticed(drawing: ModuleType, page: str) -> No
 
 
 def test_every_row_is_drawn(drawing: ModuleType, page: str) -> None:
-    for table in (INCUMBENT, SUCCESSOR):
+    for table in (INCUMBENT, SUCCESSOR, GIVER, TAKER):
         for (state, event), (after, actions) in table.items():
             following = "(same)" if after is state else after.name
             done = ", ".join(f"**{action.name}**" if isinstance(action, Type) else action.name for action in actions)
@@ -62,7 +64,7 @@ def test_every_field_is_described(page: str, kind: Type) -> None:
     named = rf"^\*\*[^.]*\b{kind.name}\*\*|\*\*{kind.name}\*\*[,:.]"
     described = [text for text in page.split("\n\n") if re.search(named, text)]
     assert described, kind
-    for field in SCHEMA[kind].fields:
+    for field in SCHEMA[kind].fields or ():
         assert any(f"`{field}`" in text for text in described), field
 
 
@@ -71,6 +73,33 @@ def test_every_refusal_event_action_and_role_is_named(page: str) -> None:
         assert f"| `{name}` |" in page
     for each in (*Local, *Do):
         assert f"| {each.name} | {each.value} |" in page
+
+
+def test_every_word_for_what_does_not_move_is_explained(page: str) -> None:
+    for word in (*records.WORDS[1:], "room", "kernel"):
+        assert re.search(rf"^\| `{word}` \| (giver|taker|both) \|", page, re.MULTILINE), word
+
+
+@pytest.mark.parametrize(
+    ("layout", "heading"), [(records.BATCH, "begins with 24 bytes"), (records.RECORD, "A record has 40 bytes")]
+)
+def test_each_field_of_a_record_has_its_place(page: str, layout: struct.Struct, heading: str) -> None:
+    rows = page.split(heading)[1].split("\n\n")[1].splitlines()[2:]
+    at = 0
+    for row, code in zip(rows, layout.format[1:], strict=False):
+        size = struct.calcsize("!" + code)
+        place = {1: f"{at}", 2: f"{at}, {at + 1}"}.get(size, f"{at} to {at + size - 1}")
+        assert row.startswith(f"| {place} |"), row
+        at += size
+    assert at == layout.size == int(heading.split()[-2])
+
+
+def test_each_flag_and_limit_of_a_record_is_told(page: str) -> None:
+    for flag in ("EOF_RECEIVED", "EOF_WRITTEN", "PAUSED", "FULL", "CLOSING", "HAS_STATE"):
+        assert f"\n| {getattr(records, flag)} | " in page.split("| flag | what |")[1]
+    assert f"connections, at most {records.MOST_CONNECTIONS} |" in page
+    assert records.LARGEST_INLINE == 1 << 20 and "Where they have more than 1 MiB the body ends here" in page
+    assert CHANNEL_BYTE == b"m" and "a pipe with the one byte `m`" in page
 
 
 def test_the_numbers_in_the_prose_are_the_codes(page: str) -> None:

@@ -221,8 +221,8 @@ cdef bytes tail_of(const Connection *connection, size_t start):
 cdef tuple relinquish_batch(Core *core, array.array descriptors, object skip):
     """Closes our copies of what the other process has adopted; those in `skip`, which it refused, are served on.
 
-    Returns who is to stay after all, since its handler has ended it meanwhile, and is held still; and what was written to
-    others: by index.
+    Returns, by index, who is to stay after all since its handler has ended it meanwhile, and is held still; and what was
+    written to others.
     """
     cdef int *fds = descriptors.data.as_ints
     cdef int count = <int>len(descriptors)

@@ -4,13 +4,14 @@
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno
 from libc.math cimport INFINITY
+from libc.stdint cimport uint8_t
 from libc.stdlib cimport calloc, free, malloc
 from posix.unistd cimport close
 
 from takeover._connections cimport (
-    EPOLL_CLOEXEC, EPOLLIN, EPOLLOUT, EVENTS, HELD, LOST, NATIVE, PROTOCOL, PROTOCOL_LISTENER, RECEIVE, SLAB, WATCH,
-    Acceptor, Chunk, Connection, Core, doom, epoll_create1, epoll_event, find, open_connection, place, reap, release,
-    watch,
+    CLOSING, EPOLL_CLOEXEC, EPOLLIN, EPOLLOUT, EVENTS, HELD, LOST, NATIVE, PROTOCOL, PROTOCOL_LISTENER, RECEIVE, SLAB,
+    STAYS, WATCH, Acceptor, Chunk, Connection, Core, doom, drop_backlog, epoll_create1, epoll_event, find,
+    open_connection, place, reap, release, watch,
 )
 from takeover._giving cimport export_batch, put_back_batch, relinquish_batch
 from takeover._listener cimport Listener, make_listener
@@ -159,6 +160,7 @@ cdef class Loop:
         for listener in list(self.listeners):
             listener.stop()
         self.empty = None
+        self.release_held()
         while self.abort_connections() or self.core.open:
             self.schedule.run_due()
         self.schedule.close()
@@ -206,18 +208,31 @@ cdef class Loop:
             connection = self.connection_at(index)
             if connection == NULL or connection.flags & LOST:
                 continue
-            connection.flags &= <unsigned char>~HELD
             if connection.kind == PROTOCOL:
                 (<Transport>connection.state).lose(None)
                 count += 1
             elif connection.kind == NATIVE:
-                doom(self.core, connection, 0)
+                if connection.flags & HELD:  # whoever holds it knows it by its descriptor
+                    connection.flags |= CLOSING | STAYS
+                    drop_backlog(self.core, connection)
+                else:
+                    doom(self.core, connection, 0)
                 count += 1
         with nogil:
             reap(self.core)
         if self.core.attention:
             self.attend()
         return count
+
+    cdef int release_held(self) except -1:
+        """Nobody is going to put back or start what is on its way."""
+        cdef Connection *connection
+        cdef size_t index
+        for index in range(SLAB * self.core.slab_count):
+            connection = self.connection_at(index)
+            if connection != NULL and connection.kind in (PROTOCOL, NATIVE):
+                connection.flags &= <uint8_t>~HELD
+        return 0
 
     def call_soon(self, callback, *args):
         """Call back in the next turn of the loop."""

@@ -150,6 +150,8 @@ class Loop:
         for listener in list(self.listeners.values()):
             listener.stop()
         self._empty = None
+        for transport in self.transports.values():
+            transport.let_go()
         while self.abort_connections() or self.transports:
             self.schedule.run_due()
         self._selector.close()

@@ -213,6 +213,10 @@ class Transport:
         self.exported = self._unsent
         self._arm()
 
+    def let_go(self) -> None:
+        """Nobody is going to put back or start a connection on its way: it can be ended."""
+        self._held = False
+
     def resume(self) -> None:
         """Read and write again, after the connection was held."""
         self._held = False
@@ -293,7 +297,6 @@ class Transport:
         """Abort; False if it was over already."""
         if self._lost:
             return False
-        self._held = False
         self._lose(None)
         return True
 

@@ -17,7 +17,8 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .aio_moving import Entrance, Home, Mover, moved
+from .aio_entrance import Entrance, Home, moved
+from .aio_moving import Mover
 from .aio_streams import Connection, Stream, StreamHandler
 from .channel import Account
 from .errors import TakeoverError

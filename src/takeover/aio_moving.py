@@ -8,16 +8,16 @@ connection alive.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
 import weakref
 from array import array
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ._moving_py import Stays, protocol_for, state_of
+from .aio_entrance import Arrival, Entrance, Home, Porch, Seat, feed
 from .aio_streams import Stream
 from .borrowed import BorrowedSocket
 from .errors import RemoteProtocolError
@@ -30,127 +30,6 @@ log = logging.getLogger("takeover")
 
 FIN_SENT = frozenset({4, 5, 6, 9, 11})
 """FIN_WAIT1, FIN_WAIT2, TIME_WAIT, LAST_ACK and CLOSING of tcp_states.h."""
-
-_moved: weakref.WeakKeyDictionary[asyncio.BaseTransport, Moved] = weakref.WeakKeyDictionary()
-
-
-def moved(transport: asyncio.BaseTransport) -> Moved | None:
-    """Where a connection came from, and how often it has moved; None for one that was accepted in this process.
-
-    On the native loop transport.get_extra_info("takeover") tells it; a transport of asyncio takes no such addition.
-    """
-    return _moved.get(transport)
-
-
-class Home:
-    """A listener as the connections know it that came from it: how their protocols are made."""
-
-    native = False
-
-    def __init__(self, inode: int, factory: Callable[[], Any]) -> None:
-        self.inode = inode
-        self.factory = factory
-        self.accepted = 0
-
-
-class Seat:
-    """One connection of this loop, from its connection_made() until its socket is closed. `stays` for good, or not."""
-
-    __slots__ = ("hold", "home", "socket", "stays", "stream", "times", "transport")
-
-    def __init__(self, transport: Any, home: Home, protocol: Any, times: int) -> None:
-        self.transport = transport
-        self.socket = transport.get_extra_info("socket")
-        self.home = home
-        self.stream = protocol if isinstance(protocol, Stream) else None
-        self.times = times
-        self.stays = False
-        self.hold: Hold | None = None
-
-    @property
-    def empty(self) -> bool:
-        """Whether the connection is over: its socket is closed, and its handler has ended."""
-        return self.socket.fileno() < 0 and (self.stream is None or self.stream.over)
-
-
-class Entrance(asyncio.Protocol):
-    """The first protocol of every transport: it makes the connection known, and makes room for the real one.
-
-    A connection that has moved here first sends what was left to send.
-    """
-
-    def __init__(self, mover: Mover, home: Home, arrival: Arrival | None = None) -> None:
-        self.mover = mover
-        self.home = home
-        self.arrival = arrival
-        self.protocol: Any = None
-        self.transport: Any = None
-        self._full = False
-        mover.coming.add(self)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.mover.coming.discard(self)
-        self.transport = transport
-        try:
-            if self.arrival is not None:
-                self._restore(self.arrival)
-                return
-            self.home.accepted += 1
-            self.protocol = self.home.factory()
-            self.mover.seat(Seat(transport, self.home, self.protocol, 0))
-            self.transport.set_protocol(self.protocol)
-            self.protocol.connection_made(transport)
-        except Exception:
-            log.exception("connection_made with %r raised; its connection is aborted", self.home.factory)
-            self.transport.abort()
-
-    def _restore(self, arrival: Arrival) -> None:
-        record, transport, self.protocol = arrival.record, self.transport, arrival.protocol
-        self.mover.seat(Seat(transport, self.home, self.protocol, arrival.moved.times))
-        _moved[transport] = arrival.moved
-        transport.set_write_buffer_limits(high=record.high, low=record.low)
-        for unsent in (record.unsent, arrival.tail):
-            if len(unsent):
-                transport.write(bytes(unsent))
-        if record.flags & EOF_WRITTEN:
-            with contextlib.suppress(OSError):  # the peer has reset the connection
-                transport.write_eof()
-        pausing = None
-        if record.flags & PAUSED:
-            transport.pause_reading()
-            pausing = asyncio.get_running_loop().call_soon(self._pause)
-        heard_end = record.flags & EOF_RECEIVED and not isinstance(self.protocol, Stream)
-        if not heard_end:
-            transport.set_protocol(self.protocol)
-        self.protocol.connection_made(transport)
-        if self._full:
-            self._full = False
-            self.protocol.pause_writing()
-        if pausing is not None and transport.is_reading():
-            pausing.cancel()
-
-    def _pause(self) -> None:
-        """Once more: uvloop begins to read after connection_made() even where that has paused reading."""
-        if not self.transport.is_closing():
-            self.transport.pause_reading()
-
-    def pause_writing(self) -> None:
-        self._full = True
-
-    def resume_writing(self) -> None:
-        if self._full:
-            self._full = False
-        else:
-            self.protocol.resume_writing()
-
-    def eof_received(self) -> bool:
-        """The protocol knew of the end before the connection moved."""
-        self.transport.set_protocol(self.protocol)
-        return True
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if self.protocol is not None:
-            self.protocol.connection_lost(error)
 
 
 class Hold(asyncio.Protocol):
@@ -178,7 +57,7 @@ class Hold(asyncio.Protocol):
             return True
         if isinstance(self.protocol, Stream) and self.protocol.reader.turns != self._turns:
             return True
-        return _eof_written(descriptor) is not self.eof_written
+        return _eof_written(descriptor, self.seat.family) is not self.eof_written
 
     def undo(self) -> None:
         """The connection is served here again."""
@@ -190,6 +69,8 @@ class Hold(asyncio.Protocol):
             self.protocol.reader.free()
         if self.was_reading and not transport.is_closing():
             transport.resume_reading()
+        if isinstance(self.protocol, Porch):
+            self.protocol.step_aside()
 
     def let_go(self) -> None:
         """The connection is the successor's."""
@@ -202,19 +83,11 @@ class Hold(asyncio.Protocol):
             except Exception:
                 log.exception("connection_moved raised")
         if isinstance(self.protocol, Stream):
-            self.protocol.reader.free()
+            self.protocol.reader.give_away()
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
-        if not isinstance(self.protocol, asyncio.BufferedProtocol):
-            self.protocol.data_received(data)
-            return
-        while data:
-            room = memoryview(self.protocol.get_buffer(len(data))).cast("B")
-            part = data[: len(room)]
-            room[: len(part)] = part
-            self.protocol.buffer_updated(len(part))
-            data = data[len(part) :]
+        feed(self.protocol, data)
 
     def eof_received(self) -> bool | None:
         self._heard = True
@@ -242,22 +115,10 @@ class Gone(asyncio.Protocol):
             self._stream.connection_lost(None)
 
 
-class Arrival:
-    """A connection that was adopted and is not served yet; owns the socket."""
-
-    def __init__(self, home: Home, record: Record, sock: socket.socket, protocol: Any, moved: Moved) -> None:
-        self.home = home
-        self.record = record
-        self.socket = sock
-        self.protocol = protocol
-        self.moved = moved
-        self.tail = b""
-
-
 class Mover:
     """The connections of one loop: all of them, those on their way out, and those on their way in.
 
-    `homes` are by the inode of the listener. It is used in the loop only, but for count().
+    `homes` are by the inode of the listener. It is used in the loop only, but for `connections`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -312,7 +173,7 @@ class Mover:
             if len(descriptors) == most or total >= size:
                 return b"".join(records), descriptors, number
             seat = self._round[number]
-            if seat.stays or seat.hold is not None or seat.socket.fileno() < 0:
+            if seat.stays or seat.hold is not None or seat.ends:
                 continue
             try:
                 record, descriptor = _export(seat)
@@ -321,6 +182,9 @@ class Mover:
                 reasons[why] = reasons.get(why, 0) + 1
                 seat.stays = why != "busy"
                 continue
+            except BaseException:
+                self.put_back_connections(descriptors, False)
+                raise
             records.append(record)
             total += len(record)
             descriptors.append(descriptor)
@@ -333,25 +197,32 @@ class Mover:
     ) -> tuple[list[int], dict[int, bytes]]:
         kept = []
         for index, descriptor in enumerate(descriptors):
-            seat = self._leaving.pop(descriptor)
+            seat = self._leaving[descriptor]
             assert seat.hold is not None
-            if index not in skip and not seat.hold.disturbed(descriptor):
-                seat.hold.let_go()
+            if index in skip:
+                self._bring_back(descriptor, stay=True)
+            elif seat.hold.disturbed(descriptor):
+                kept.append(index)
             else:
-                if index not in skip:
-                    kept.append(index)
-                seat.stays = True
-                seat.hold.undo()
-            os.close(descriptor)
+                self._let_go(descriptor)
         return kept, {}
 
     def put_back_connections(self, descriptors: array[int], stay: bool) -> None:
         for descriptor in descriptors:
-            seat = self._leaving.pop(descriptor)
-            assert seat.hold is not None
-            seat.stays = seat.stays or stay
-            seat.hold.undo()
-            os.close(descriptor)
+            self._bring_back(descriptor, stay=stay)
+
+    def _bring_back(self, descriptor: int, *, stay: bool) -> None:
+        seat = self._leaving.pop(descriptor)
+        assert seat.hold is not None
+        seat.stays = seat.stays or stay
+        seat.hold.undo()
+        os.close(descriptor)
+
+    def _let_go(self, descriptor: int) -> None:
+        seat = self._leaving.pop(descriptor)
+        assert seat.hold is not None
+        seat.hold.let_go()
+        os.close(descriptor)
 
     def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
         try:
@@ -374,25 +245,25 @@ class Mover:
         if home is None:
             raise Stays("listener")
         try:
-            with BorrowedSocket(descriptor) as borrowed:
-                family, kind = borrowed.family, borrowed.type
+            sock = socket.socket(fileno=descriptor)
         except OSError:
             raise Stays("socket") from None
-        if kind != socket.SOCK_STREAM:
-            raise Stays("socket")
-        protocol = protocol_for(home, record)
+        try:
+            if sock.type != socket.SOCK_STREAM:
+                raise Stays("socket")
+            protocol = protocol_for(home, record)
+        except BaseException:
+            sock.detach()
+            raise
+        sock.setblocking(False)
         moved = Moved(generation, min(record.times + 1, 255))
         if isinstance(protocol, Stream):
             protocol.connection.moved = moved
             protocol.reader.feed_data(bytes(record.unread))
             if record.flags & EOF_RECEIVED:
                 protocol.reader.feed_eof()
-        elif len(record.unread):
-            raise Stays("unread")
-        # What is to be sent and the state are part of a buffer that is gone when the batch is.
-        record = record._replace(unread=b"", unsent=bytes(record.unsent), state=b"")
-        sock = socket.socket(family, kind, fileno=descriptor)
-        sock.setblocking(False)
+        # The parts of a record lead into a buffer that is large, or is gone when the batch is.
+        record = record._replace(unread=bytes(record.unread), unsent=bytes(record.unsent), state=b"")
         return Arrival(home, record, sock, protocol, moved)
 
     def start_connections(self, descriptors: array[int], skip: Collection[int], tails: Mapping[int, bytes]) -> None:
@@ -416,13 +287,10 @@ class Mover:
         for index, descriptor in enumerate(descriptors):
             if index in skip:
                 continue
-            seat = self._leaving.pop(descriptor, None)
-            if seat is None:
+            if descriptor in self._leaving:
+                self._let_go(descriptor)
+            else:
                 self._arrivals.pop(descriptor).socket.close()
-                continue
-            assert seat.hold is not None
-            seat.hold.let_go()
-            os.close(descriptor)
 
 
 def _export(seat: Seat) -> tuple[bytes, int]:
@@ -437,7 +305,9 @@ def _export(seat: Seat) -> tuple[bytes, int]:
         raise Stays("tls")  # StreamWriter.start_tls()
     if transport.get_write_buffer_size():
         raise Stays("busy")
-    version, state = state_of(protocol)
+    if isinstance(protocol, Porch) and not protocol.settled:
+        raise Stays("busy")
+    version, state = state_of(protocol.protocol if isinstance(protocol, Porch) else protocol)
     if transport.is_closing():
         raise Stays("closing")
     if transport.get_write_buffer_size():
@@ -447,7 +317,7 @@ def _export(seat: Seat) -> tuple[bytes, int]:
     except OSError:
         raise Stays("busy") from None  # no descriptor left at the moment
     try:
-        eof_written = _eof_written(descriptor)
+        eof_written = _eof_written(descriptor, seat.family)
         record = _record(seat, protocol, version, state, EOF_WRITTEN * eof_written)
     except BaseException as error:
         os.close(descriptor)
@@ -470,17 +340,20 @@ def _record(seat: Seat, protocol: Any, version: int, state: bytes, flags: int) -
         flags |= EOF_RECEIVED * protocol.reader.ended
     elif not transport.is_reading():
         flags |= PAUSED
+    if isinstance(protocol, Porch):
+        unread = b"".join(protocol.early)
+        flags |= EOF_RECEIVED * protocol.knows_end
     low, high = (min(mark, 0xFFFFFFFF) for mark in transport.get_write_buffer_limits())
     name = transport.get_extra_info("peername")
-    peer = b"" if name is None else pack_peer(seat.socket.family, name)
+    peer = b"" if name is None else pack_peer(seat.family, name)
     return Record(seat.home.inode, flags, seat.times, peer, version, high, low, unread, b"", state).pack()
 
 
-def _eof_written(descriptor: int) -> bool:
+def _eof_written(descriptor: int, family: int) -> bool:
     """Whether we have sent FIN; a transport does not tell."""
-    with BorrowedSocket(descriptor) as sock:
+    with BorrowedSocket(descriptor, family, socket.SOCK_STREAM, 0) as sock:
         try:
-            if sock.family != socket.AF_UNIX:
+            if family != socket.AF_UNIX:
                 return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in FIN_SENT
             sock.send(b"", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         except BrokenPipeError:

@@ -73,10 +73,16 @@ class Reader(asyncio.StreamReader):
             _wake(self._release)
             self._release = None
 
+    def give_away(self) -> None:
+        """What it holds is another's now; whoever still waits here finds the end of file."""
+        self.buffer.clear()
+        self.feed_eof()
+        self.free()
+
     def set_transport(self, transport: asyncio.BaseTransport) -> None:
         super().set_transport(transport)
         self._feeder = transport
-        self._pause_if_full()
+        self._own_loop.call_soon(self._pause_if_full)  # loops begin to read after this, whoever has paused them
 
     def set_exception(self, exc: Exception) -> None:
         super().set_exception(exc)
@@ -182,7 +188,8 @@ class Reader(asyncio.StreamReader):
         return data
 
     def _pause_if_full(self) -> None:
-        if self._feeder is not None and len(self.buffer) > 2 * self._own_limit:
+        full = len(self.buffer) > 2 * self._own_limit
+        if full and self._feeder is not None and not self._feeder.is_closing():
             self._feeder.pause_reading()
             self._full = True
 

@@ -212,6 +212,8 @@ class End(Exchange):
             self._token = -1
             if self._timer is not None:
                 self._timer.cancel()
+            if self.error is not None:
+                self.error.__traceback__ = None  # which knows the records of a batch, and with them a descriptor
             self.loop.call_soon(self._ended)
 
     def take_token(self) -> Event:

@@ -36,6 +36,8 @@ class Taker(End):
 
     def received(self, frame: Frame) -> Event | None:
         if frame.type is Type.FINISHED:
+            if self.batches and self.state is State.TAKING:
+                raise RemoteProtocolError(f"FINISHED came before {len(self.batches)} batches were released")
             self.left = frame.body["left"]
         elif frame.type is Type.RELEASED:
             self._release = records.unpack_release(frame.data)

@@ -1,0 +1,157 @@
+"""The server object of takeover.aio, inside of a program that does more than serve."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+import takeover
+from clients import LIMIT
+from processes import Room
+from takeover import aio
+
+Run = Callable[[Awaitable[Any]], Any]
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Runs a coroutine on either loop, for so long and no longer."""
+    if request.param == "asyncio":
+        return lambda work: asyncio.run(asyncio.wait_for(work, LIMIT))
+    uvloop = pytest.importorskip("uvloop", reason="uvloop cannot be imported here")
+
+    def run_on_uvloop(work: Awaitable[Any]) -> Any:
+        loop = uvloop.new_event_loop()
+        with contextlib.closing(loop):
+            return loop.run_until_complete(asyncio.wait_for(work, LIMIT))
+
+    return run_on_uvloop
+
+
+async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: aio.Connection) -> None:
+    while line := await reader.readline():
+        writer.write(line)
+
+
+def start(room: Room, **options: Any) -> Awaitable[aio.Server]:
+    return aio.start_server(echo, [room.url], room.control, **options)
+
+
+def gone(room: Room) -> bool:
+    """Whether nobody listens, and nobody answers at the control path."""
+    with contextlib.suppress(ConnectionRefusedError), room.connect():
+        return False
+    return not os.path.exists(room.control)
+
+
+def test_a_block_serves_and_gives_the_service_up_at_its_end(room: Room, run: Run) -> None:
+    async def serve() -> None:
+        async with await start(room) as server:
+            assert server.service.state == "serving"
+            assert [sock.getsockname() for sock in server.sockets] == [room.address]
+            reader, writer = await asyncio.open_connection(*room.address)
+            writer.write(b"hello\n")
+            assert await reader.readline() == b"hello\n"
+            writer.close()
+
+    run(serve())
+    assert gone(room)
+
+
+def test_a_server_is_closed_by_whoever_does_not_wait_for_a_signal(room: Room, run: Run) -> None:
+    async def serve() -> None:
+        server = await start(room)
+        serving = asyncio.ensure_future(server.serve_forever())
+        reader, writer = await asyncio.open_connection(*room.address)
+        writer.write(b"early\n")
+        assert await reader.readline() == b"early\n"
+        server.close()
+        writer.write(b"late\n")
+        assert await reader.readline() == b"late\n"
+        assert not serving.done()
+        writer.close()
+        await serving
+        await server.wait_closed()
+
+    run(serve())
+    assert gone(room)
+
+
+def test_a_task_that_is_cancelled_while_it_serves_ends_the_server_at_once(room: Room, run: Run) -> None:
+    async def serve() -> None:
+        server = await start(room)
+        serving = asyncio.ensure_future(server.serve_forever())
+        reader, writer = await asyncio.open_connection(*room.address)
+        writer.write(b"hello\n")
+        await reader.readline()
+        serving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+        assert await reader.read() == b""
+        writer.close()
+
+    run(serve())
+    assert gone(room)
+
+
+def test_a_dry_run_serves_nobody_and_leaves_no_trace(room: Room, run: Run) -> None:
+    async def serve() -> None:
+        await (await start(room, dry_run=True)).serve_forever()
+
+    run(serve())
+    assert room.left_behind() == [] and gone(room)
+
+
+def test_what_is_wrong_is_said_before_anything_is_done(room: Room, run: Run) -> None:
+    async def wrong(**options: Any) -> None:
+        await aio.start_server(echo, **{"listen": [room.url], "control": room.control, **options})
+
+    with pytest.raises(TypeError, match="a list of URLs"):
+        run(wrong(listen=room.url))
+    with pytest.raises(takeover.errors.AddressError):
+        run(wrong(listen=["http://nowhere"]))
+    with pytest.raises(takeover.errors.ListenError, match="stream sockets only"):
+        run(wrong(listen=["udp://127.0.0.1:0"]))
+    assert gone(room)
+
+
+def test_a_handler_that_raises_costs_its_own_connection_only(
+    room: Room, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: aio.Connection) -> None:
+        if await reader.readline() == b"fail\n":
+            raise RuntimeError("this handler is broken")
+        writer.write(b"fine\n")
+
+    async def serve() -> None:
+        async with await aio.start_server(fail, [room.url], room.control):
+            for line, answer in ((b"fail\n", b""), (b"work\n", b"fine\n")):
+                reader, writer = await asyncio.open_connection(*room.address)
+                writer.write(line)
+                assert await reader.read() == answer
+                writer.close()
+
+    run(serve())
+    assert "this handler is broken" in caplog.text
+
+
+def test_a_protocol_that_cannot_be_made_costs_its_own_connection_only(
+    room: Room, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> asyncio.Protocol:
+        raise RuntimeError("this factory is broken")
+
+    async def serve() -> None:
+        async with await aio.create_server(fail, [room.url], room.control):
+            reader, writer = await asyncio.open_connection(*room.address)
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
+            writer.close()
+
+    run(serve())
+    assert "this factory is broken" in caplog.text
