@@ -24,8 +24,20 @@ import pytest
 from clients import eventually
 from processes import FAST, Boundaries, Program, Room, descriptors_at_rest
 from streams import Streams
+from takeover.giver import FIRST_BATCH
 
 PARALLEL = 6
+NOTHING_ADOPTED = (
+    "giver before CONNECTIONS",
+    "giver after CONNECTIONS",
+    "taker at CONNECTIONS",
+    "taker before ADOPT",
+    "taker after ADOPT",
+    "taker before ADOPTED",
+    "giver at ADOPTED",
+)
+"""The boundaries up to which the giver has let go of nothing."""
+
 CONNECTIONS = {"bursty": 12, "slow": 2, "idle": 126}
 """Of each room: three batches."""
 
@@ -131,8 +143,11 @@ def play(backend: str, scenario: Scenario) -> None:
         failed = threading.Event()
 
         def fail() -> None:
-            if scenario.action != "hang":
-                programs[scenario.victim].signal(signal.SIGKILL if scenario.action == "kill" else signal.SIGSTOP)
+            if scenario.action == "kill":
+                programs[scenario.victim].signal(signal.SIGKILL)
+                programs[scenario.victim].process.wait()
+            elif scenario.action == "stop":
+                programs[scenario.victim].signal(signal.SIGSTOP)
             failed.set()
 
         def act() -> bool:
@@ -169,9 +184,12 @@ def check_after_a_death(scenario: Scenario, programs: dict[str, Program], stream
     if scenario.victim == "taker":
         programs["giver"].wait_for("connections to pid")
         gone = moved(programs["giver"], "to")
+        assert not gone or scenario.delay or scenario.step not in NOTHING_ADOPTED, gone
     else:
         eventually(lambda: "connections from pid" in programs["taker"].text or all_gone(streams), "it is over")
-        gone = len(streams.streams) - moved(programs["taker"], "from")
+        kept = moved(programs["taker"], "from")
+        assert kept >= FIRST_BATCH or scenario.step == "giver before CONNECTIONS", kept
+        gone = len(streams.streams) - kept
     eventually(lambda: len(streams.failures) >= gone, f"{gone} connections have ended")
     assert len(streams.failures) == streams.reset == gone, (gone, streams.failures)
 
@@ -331,6 +349,7 @@ def test_after_the_kernel_has_refused_a_batch_it_is_sent_again(room: Room) -> No
         assert old.wait() == 0, old.text
         assert boundaries.reached.is_set()
         assert (moved(old, "to"), moved(new, "from")) == (200, 200)
+        assert boundaries.seen.count("giver after CONNECTIONS") > 6  # those that were refused, and smaller ones
         assert "drains" not in old.text
         streams.goes_on()
         streams.stop()
