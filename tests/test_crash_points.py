@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from clients import Pounder, eventually
-from processes import FAST, Boundaries, Program, Room, descriptors_at_rest
+from processes import FAST, STEP, Boundaries, Program, Room, descriptors_at_rest
 
 CONVERGES = 5.0
 """Seconds; the guarantee is one, and a busy machine gets more."""
@@ -70,7 +70,7 @@ def record(backend: str) -> Recording:
 
 def scenarios(backend: str, action: str) -> Iterator[Scenario]:
     """Both victims at each boundary; a process can hang at its own only."""
-    for step in record(backend).boundaries[:: 1 if backend == "cython" else 3]:
+    for step in record(backend).boundaries[:: STEP if backend == "cython" else 3 * STEP]:
         role = step.split()[0]
         for victim in ("incumbent", "successor"):
             if action != "hang" or victim == role:
@@ -237,7 +237,7 @@ def test_one_owner_remains_whoever_fails_at_whichever_boundary(backend: str, act
             failures[str(scenario)] = str(error)
 
     todo = list(scenarios(backend, action))
-    assert len(todo) > (30 if backend == "cython" else 10)
+    assert len(todo) > (30 if backend == "cython" else 10) // STEP
     with ThreadPoolExecutor(PARALLEL) as pool:
         list(pool.map(attempt, todo))
     assert not failures, "\n\n".join(f"{scenario}: {text}" for scenario, text in failures.items())

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import pytest
 
 from clients import eventually
-from processes import FAST, Boundaries, Program, Room, descriptors_at_rest
+from processes import FAST, STEP, Boundaries, Program, Room, descriptors_at_rest
 from streams import Streams
 from takeover.giver import FIRST_BATCH
 
@@ -130,7 +130,7 @@ def record(backend: str) -> Recording:
 
 def scenarios(backend: str) -> Iterator[Scenario]:
     """Both are killed at each boundary; in turn the one or the other hangs, if it is its own, or is stopped there."""
-    for index, step in enumerate(record(backend).boundaries[:: 1 if backend == "cython" else 3]):
+    for index, step in enumerate(record(backend).boundaries[:: STEP if backend == "cython" else 3 * STEP]):
         for victim in ("giver", "taker"):
             yield Scenario(step, victim, "kill")
         victim = ("giver", "taker")[index % 2]
@@ -253,7 +253,7 @@ def play_all(backend: str, todo: list[Scenario]) -> None:
 def test_whoever_fails_at_whichever_boundary_of_a_move_costs_its_own_connections_at_most(backend: str) -> None:
     """D7."""
     todo = list(scenarios(backend))
-    assert len(todo) > (50 if backend == "cython" else 15)
+    assert len(todo) > (50 if backend == "cython" else 15) // STEP
     play_all(backend, todo)
 
 
