@@ -351,12 +351,17 @@ class Boundaries:
 @contextlib.contextmanager
 def stopped(program: Program) -> Iterator[None]:
     """The process is stopped, and has stopped, inside the block."""
-    program.signal(signal.SIGSTOP)
-    eventually(lambda: state_of(program.pid) == "T", "the process is stopped")
+    stop(program)
     try:
         yield
     finally:
         program.signal(signal.SIGCONT)
+
+
+def stop(program: Program) -> None:
+    """Stops a process, which does nothing more when this returns; one that has ended meanwhile does so too."""
+    program.signal(signal.SIGSTOP)
+    eventually(lambda: not program.running or state_of(program.pid) == "T", "the process is stopped")
 
 
 def state_of(pid: int) -> str:
