@@ -14,9 +14,13 @@ from .borrowed import BorrowedSocket
 from .errors import RemoteProtocolError
 from .records import (
     CLOSING,
+    EOF_RECEIVED,
+    EOF_WRITTEN,
+    FULL,
     HAS_STATE,
     LARGEST_PART,
     NOT_NOW,
+    PAUSED,
     Moved,
     Record,
     pack_peer,
@@ -45,6 +49,29 @@ class Home(Protocol):
 
 class Stays(Exception):
     """A connection does not move; its argument is the word for why (records.WORDS)."""
+
+
+def _flags(transport: Transport) -> int:
+    """The state of a connection as its record tells it."""
+    return (
+        EOF_RECEIVED * transport._eof_received
+        | EOF_WRITTEN * transport._eof_written
+        | PAUSED * transport._paused
+        | FULL * transport._full
+        | CLOSING * transport._closing
+    )
+
+
+def _take_on(transport: Transport, record: Record) -> None:
+    """Makes a new transport what the record tells, held."""
+    transport._held = True
+    transport._eof_received = bool(record.flags & EOF_RECEIVED)
+    transport._eof_written = bool(record.flags & EOF_WRITTEN)
+    transport._paused = bool(record.flags & PAUSED)
+    transport._full = bool(record.flags & FULL)
+    transport._closing = bool(record.flags & CLOSING)
+    transport._high, transport._low = record.high, record.low
+    transport.append(bytes(record.unsent))
 
 
 def export_batch(
@@ -88,7 +115,7 @@ def _export(loop: Loop, transport: Transport) -> bytes:
     if len(state) + len(unsent) > LARGEST_PART:
         log.error("the state of %r has %d bytes, too many to move; its connection is drained", protocol, len(state))
         raise Stays("state")
-    flags = transport.flags() | (0 if native else HAS_STATE)
+    flags = _flags(transport) | (0 if native else HAS_STATE)
     times = transport.moved.times if transport.moved else 0
     high, low = min(high, 0xFFFFFFFF), min(low, 0xFFFFFFFF)
     return Record(transport.origin, flags, times, peer, version, high, low, b"", unsent, state).pack()
@@ -96,7 +123,7 @@ def _export(loop: Loop, transport: Transport) -> bytes:
 
 def _state_of(transport: Transport, protocol: Any) -> tuple[int, bytes]:
     """The version of a protocol's state, and the state."""
-    if transport.flags() & CLOSING:
+    if _flags(transport) & CLOSING:
         raise Stays("closing")
     version, state = state_of(protocol)
     if transport.is_closing():
@@ -198,7 +225,7 @@ def _adopt(loop: Loop, fd: int, record: Record, generation: int) -> None:
     sock = socket.socket(family, kind, fileno=fd)
     sock.setblocking(False)
     transport = Transport(loop, sock, peer, protocol, record.listener)
-    transport.take_on(record)
+    _take_on(transport, record)
     transport.moved = Moved(generation, min(record.times + 1, 255))
     loop.admit(transport)
 

@@ -10,13 +10,12 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from ._sockets import TransportSocket
-from .records import CLOSING, EOF_RECEIVED, EOF_WRITTEN, FULL, PAUSED
 
 if TYPE_CHECKING:
     import asyncio
 
     from ._loop_py import Loop
-    from .records import Moved, Record
+    from .records import Moved
 
 log = logging.getLogger("takeover")
 
@@ -248,27 +247,6 @@ class Transport:
         self._backlog.clear()
         self._unsent = 0
         return self._sock.detach()
-
-    def flags(self) -> int:
-        """The state of the connection as its record tells it."""
-        return (
-            EOF_RECEIVED * self._eof_received
-            | EOF_WRITTEN * self._eof_written
-            | PAUSED * self._paused
-            | FULL * self._full
-            | CLOSING * self._closing
-        )
-
-    def take_on(self, record: Record) -> None:
-        """Become what the record tells, held."""
-        self._held = True
-        self._eof_received = bool(record.flags & EOF_RECEIVED)
-        self._eof_written = bool(record.flags & EOF_WRITTEN)
-        self._paused = bool(record.flags & PAUSED)
-        self._full = bool(record.flags & FULL)
-        self._closing = bool(record.flags & CLOSING)
-        self._high, self._low = record.high, record.low
-        self.append(bytes(record.unsent))
 
     def append(self, data: bytes) -> None:
         """Queue bytes behind the backlog of a held connection."""
