@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -187,6 +187,7 @@ class MoveBar:
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
+        self._began = 0.0
 
     def __call__(self, account: Account) -> None:
         """Shows how far it is."""
@@ -196,16 +197,18 @@ class MoveBar:
             columns = (
                 TextColumn("moving connections"),
                 BarColumn(),
-                TaskProgressColumn(show_speed=True),
-                TextColumn("{task.completed:,.0f} of {task.total:,.0f} moved, {task.fields[refused]:,} refused"),
-                TimeElapsedColumn(),
+                TextColumn("{task.fields[rate]:,.0f}/s,"),
+                TextColumn("{task.completed:,.0f} of {task.total:,.0f} moved, {task.fields[refused]:,} refused,"),
+                TextColumn("{task.remaining:,.0f} still drain"),
             )
             self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._progress.add_task("", total=account.expected, refused=0)
+            self._progress.add_task("", total=account.expected, refused=0, rate=0)
+            self._began = time.monotonic()
             self._progress.start()
-        refused = account.refused.total()
+        counts = {"completed": account.moved_in, "total": account.expected, "refused": account.refused.total()}
+        rate = account.moved_in / max(time.monotonic() - self._began, 0.001)
         (task,) = self._progress.task_ids
-        self._progress.update(task, completed=account.moved_in, total=account.expected, refused=refused)
+        self._progress.update(task, rate=rate, **counts)
         if account.moved_in >= account.expected:
             self._progress.stop()
             self._progress = None
