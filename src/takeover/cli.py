@@ -205,10 +205,10 @@ class MoveBar:
             self._progress.add_task("", total=account.expected, refused=0, rate=0)
             self._began = time.monotonic()
             self._progress.start()
-        counts = {"completed": account.moved_in, "total": account.expected, "refused": account.refused.total()}
+        done, total, refused = account.moved_in, account.expected, account.refused.total()
         rate = account.moved_in / max(time.monotonic() - self._began, 0.001)
         (task,) = self._progress.task_ids
-        self._progress.update(task, rate=rate, **counts)
+        self._progress.update(task, completed=done, total=total, refused=refused, rate=rate)
         if account.moved_in >= account.expected:
             self._progress.stop()
             self._progress = None
