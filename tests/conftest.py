@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -12,6 +13,10 @@ import pytest
 from processes import Room
 
 BACKENDS = ("cython", "python")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in its background so, and every process of the tests would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _backend_is_built() -> bool:
@@ -57,3 +62,14 @@ def room(backend: str, fdpass: ModuleType, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr("takeover.link.fdpass", fdpass)
     with Room(backend) as room:
         yield room
+
+
+TOGETHER = frozenset({"test_packaging.py", "test_loop_echo.py", "test_explorer.py", "test_channel_explorer.py"})
+"""Files whose tests share something that takes long to make: with --dist loadgroup each goes to one worker."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups tests for pytest-xdist."""
+    for item in items:
+        if item.path.name in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
