@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import resource
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -19,10 +18,10 @@ from processes import FAST, Program, Room, free_address, stopped
 from takeover.wire import LEGACY_BYTE
 
 
-def failing(room: Room, *arguments: str, **options: object) -> tuple[int, str]:
+def failing(room: Room, *arguments: str, starter: Sequence[str] = (), **options: object) -> tuple[int, str]:
     """Exit status and standard error's one line of a start that must fail."""
     done = subprocess.run(
-        [sys.executable, "-m", "takeover", *arguments],
+        [*starter, sys.executable, "-m", "takeover", *arguments],
         cwd=room.folder,
         env=room.environment,
         stdin=subprocess.DEVNULL,
@@ -138,8 +137,8 @@ def test_an_incumbent_that_speaks_nonsense(room: Room, says: bytes, status: int)
     assert os.path.exists(room.control)
 
 
-def limit_descriptors() -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))
+FEW_DESCRIPTORS = ("sh", "-c", 'ulimit -n 24; exec "$@"', "sh")
+"""What starts a command that may have no more than 24 of them."""
 
 
 def test_a_successor_without_room_for_the_descriptors_is_refused(room: Room) -> None:
@@ -147,14 +146,14 @@ def test_a_successor_without_room_for_the_descriptors_is_refused(room: Room) -> 
     server = room.echo(listen=addresses)
     room.wait_for_owner(server)
     arguments = [word for address in addresses for word in ("--listen", address)]
-    status, line = failing(room, "echo", *arguments, preexec_fn=limit_descriptors)
+    status, line = failing(room, "echo", *arguments, starter=FEW_DESCRIPTORS)
     assert (status, "ulimit -n" in line) == (1, True), line
     room.wait_for_owner(server)
     room.round_trip()
 
 
 def test_a_server_that_runs_out_of_descriptors_serves_on_and_is_taken_over(room: Room) -> None:
-    server = room.run(*[sys.executable, "-m", "takeover", "echo", "--listen", room.url], preexec_fn=limit_descriptors)
+    server = room.run(*FEW_DESCRIPTORS, sys.executable, "-m", "takeover", "echo", "--listen", room.url)
     room.wait_for_owner(server)
     crowd = [room.connect() for _ in range(40)]
     eventually(lambda: "Too many open files" in server.text or len(os.listdir(f"/proc/{server.pid}/fd")) >= 24, "full")
