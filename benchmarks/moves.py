@@ -324,12 +324,12 @@ def _wanted(plan: Plan, cell: Cell) -> list[Mover]:
 def moves(plan: Plan) -> None:
     """Idle and talking clients, each size of state; and a curve over the number of idle ones."""
     limit = raise_descriptor_limit()
-    most = limit - limit // 8 - 100
+    most = limit - limit // 16 - 100
     for cell in QUICK_CELLS if plan.quick else CELLS:
         here = cell
         if cell.connections > most:
             here = cell._replace(connections=most // 1000 * 1000)
-            why = f"a process with {limit} descriptors keeps an eighth free for new ones; {here} instead"
+            why = f"a process with {limit} descriptors keeps a sixteenth free for new ones; {here} instead"
             plan.document.skip("moves", str(cell), why)
         if here.connections:
             _measure(plan, here)
