@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import socket
 import time
 from array import array
@@ -17,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from .control import Peer
+from .descriptors import limit_and_held
 from .errors import LocalError
 from .exchange import Exchange, logger, read_token
 from .link import Link, close_all
@@ -75,11 +75,7 @@ def open_channel() -> tuple[tuple[int, int], tuple[int, int]]:
 
 def room_for_connections() -> int:
     """How many connections this process may take in: a sixteenth of its RLIMIT_NOFILE stays free for new ones."""
-    limit = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    try:
-        held = len(os.listdir("/proc/self/fd"))
-    except OSError:
-        held = 64
+    limit, held = limit_and_held()
     return max(0, limit - held - max(32, limit // 16))
 
 

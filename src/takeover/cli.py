@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -24,11 +23,14 @@ from rich.text import Text
 from . import query
 from ._backend import backend
 from ._version import VERSION
+from .channel import in_words
 from .echo import CONTROL, LISTEN
 from .echo import echo as run_echo
 from .errors import TakeoverError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from .channel import Account
     from .demo import Demo, Tally
 
@@ -194,6 +196,8 @@ class MoveBar:
         if self._progress is None:
             if account.moved_in >= account.expected:
                 return
+            from rich.progress import BarColumn, Progress, TextColumn
+
             columns = (
                 TextColumn("moving connections"),
                 BarColumn(),
@@ -285,7 +289,7 @@ def moves_in_words(moved: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("moved", f"{moved['in']:,} in, {moved['out']:,} out; {state}"))
     for name, label in (("refused", "refused"), ("drained", "not moved")):
         if moved.get(name):
-            rows.append((label, ", ".join(f"{count:,} {word}" for word, count in moved[name].items())))
+            rows.append((label, in_words(moved[name])))
     return rows
 
 

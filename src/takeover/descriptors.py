@@ -83,6 +83,15 @@ def _name(value: object) -> object:
     return getattr(value, "name", value)
 
 
+def limit_and_held() -> tuple[int, int]:
+    """How many descriptors this process may have (RLIMIT_NOFILE), and how many it has; 64 where nothing tells that."""
+    limit = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    try:
+        return limit, len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return limit, 64
+
+
 LARGEST_TABLE = 1 << 16
 """Descriptors that the kernel has room for at once, at eight bytes each."""
 

@@ -111,7 +111,7 @@ class Giver(End):
             if not self.batches:
                 self._give_up("room")
             return
-        if not _has_byte(self._token):
+        if not self._token_is_unread():
             self.step(Local.BEATEN)
             return
         body, descriptors, self._cursor = self.connections.export_connections(
@@ -121,6 +121,9 @@ class Giver(End):
             self._packed = body, descriptors
             self.step(Local.BATCH)
         self._pump_soon()
+
+    def _token_is_unread(self) -> bool:
+        return _shows(self._token, select.POLLIN)
 
     def _give_up(self, why: str) -> None:
         """What has not moved by now, and is not on its way, stays here."""
@@ -163,7 +166,7 @@ class Giver(End):
             if not self._staying or frame.body["batch"] != self._staying[0].number:
                 raise RemoteProtocolError(f"a part of batch {frame.body['batch']} was dropped that was not to stay")
             return frame.type
-        if _has_hung_up(self.link.fileno()) and _has_byte(self._token):
+        if _shows(self.link.fileno(), select.POLLHUP) and self._token_is_unread():
             return None  # the other end is gone, and has neither read nor written on what it adopted
         self._check(frame)
         self._refused = frame.body["refused"]
@@ -292,15 +295,8 @@ class Giver(End):
             )
 
 
-def _has_byte(token: int) -> bool:
-    """Whether nobody has read the token yet."""
+def _shows(descriptor: int, event: int) -> bool:
+    """Whether poll(2) reports the event now."""
     poll = select.poll()
-    poll.register(token, select.POLLIN)
-    return any(events & select.POLLIN for _, events in poll.poll(0))
-
-
-def _has_hung_up(sock: int) -> bool:
-    """Whether nobody holds the other end any more."""
-    poll = select.poll()
-    poll.register(sock, 0)
-    return any(events & select.POLLHUP for _, events in poll.poll(0))
+    poll.register(descriptor, event)
+    return any(events & event for _, events in poll.poll(0))

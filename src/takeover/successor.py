@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import socket
 from array import array
 from concurrent.futures import Future
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ._version import VERSION
 from .blobs import MOST_BLOBS, check
 from .channel import Channel, open_channel, room_for_connections
-from .descriptors import expect
+from .descriptors import expect, limit_and_held
 from .errors import Aborted, LocalError, PeerLost, Refused, RemoteProtocolError, TakeoverError, TimedOut
 from .exchange import Exchange, logger, read_token
 from .link import Link, close_all
@@ -46,12 +45,8 @@ class Elder(NamedTuple):
 
 def room_for_descriptors() -> int:
     """How many more descriptors this process may hold, less a few that it needs itself."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    try:
-        held = len(os.listdir("/proc/self/fd"))
-    except OSError:
-        held = 64
-    return max(0, int(limit) - held - SPARE_DESCRIPTORS)
+    limit, held = limit_and_held()
+    return max(0, limit - held - SPARE_DESCRIPTORS)
 
 
 class Successor(Exchange):
