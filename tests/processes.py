@@ -150,7 +150,6 @@ class Room:
             "PYTHONPATH": os.pathsep.join(
                 map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
             ),
-            "PYTHONUNBUFFERED": "1",
         }
 
     def run(self, *command: str, **options: Any) -> Program:
