@@ -47,12 +47,16 @@ NATIVE_CYTHON = "takeover native, cython"
 
 
 class Mover(NamedTuple):
-    """What moves connections: a kind of benchmarks.servers.moving, or the C program where that is empty."""
+    """What moves connections: a kind of benchmarks.servers.moving, or the C program where that is empty.
+
+    With a window the C program keeps what was not acknowledged, as takeover does: what that alone costs.
+    """
 
     name: str
     kind: str
     state: int = 0
     backend: str = ""
+    window: int = 0
 
     @property
     def is_reference(self) -> bool:
@@ -88,6 +92,7 @@ def size_name(size: int) -> str:
 def _movers() -> Iterator[Mover]:
     yield Mover(REFERENCE, "")
     yield Mover(AGAIN, "")
+    yield Mover(f"{REFERENCE}, acknowledged", "", window=3)
     for size in STATES[1:]:
         yield Mover(f"{REFERENCE}, {size_name(size)}", "", size)
     for backend in ("cython", "python"):
@@ -300,7 +305,8 @@ def _take_over(mover: Mover, cell: Cell, quiet: float) -> dict[str, float]:
 
 def _run_reference(mover: Mover, cell: Cell) -> dict[str, float]:
     cpus = ("--old-cpu", SERVER_CPU, "--new-cpu", LOAD_CPU)
-    seen = load("move_reference", "--connections", cell.connections, "--state", mover.state, *cpus)
+    what = ("--connections", cell.connections, "--state", mover.state, "--window", mover.window)
+    seen = load("move_reference", *what, *cpus)
     return {"move_ms": seen["ns"] / 1e6, "server_cpu_ms": (seen["old_cpu_ns"] + seen["new_cpu_ns"]) / 1e6}
 
 

@@ -258,11 +258,21 @@ def test_no_more_connections_are_sent_than_the_taker_has_room_for(scene: Scene) 
     scene.answers([scene.clients[number] for number in (1, 3, 4)])
 
 
-@pytest.mark.parametrize(("quick", "slow", "then"), [(math.inf, math.inf, 8), (-1.0, -1.0, 2), (-1.0, math.inf, 4)])
+@pytest.mark.parametrize(
+    ("quick", "slow", "share", "then"),
+    [
+        (math.inf, math.inf, math.inf, 8),
+        (-1.0, -1.0, math.inf, 2),
+        (-1.0, math.inf, math.inf, 4),
+        (-1.0, -1.0, 0.0, 8),
+    ],
+    ids=["quick", "slow", "neither", "slow, but not for its size"],
+)
 def test_a_batch_is_larger_after_a_quick_one_and_smaller_after_a_slow_one(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, quick: float, slow: float, then: int
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, quick: float, slow: float, share: float, then: int
 ) -> None:
-    for name, value in (("FIRST_BATCH", 4), ("SMALL_BATCH", 0), ("WINDOW", 1), ("QUICK", quick), ("SLOW", slow)):
+    sizes = {"FIRST_BATCH": 4, "SMALL_BATCH": 0, "WINDOW": 1, "QUICK": quick, "SLOW": slow, "SHARE": share}
+    for name, value in {**sizes, "TOO_SLOW": math.inf}.items():
         monkeypatch.setattr(giver_module, name, value)
     scene.connect(13)
     giver, stranger = scene.give()

@@ -3,6 +3,9 @@
    batch in one message (SCM_RIGHTS, with --state bytes for each connection) and closes it; the new one receives a batch
    and watches it (EPOLL_CTL_ADD) while the old one goes on. The old one runs on --old-cpu, the new one on --new-cpu; a
    third process has the other ends and sleeps. With --close-epoll 1 the whole epoll descriptor is closed instead.
+   With --window N no connection is lost, whoever dies: the old one keeps a batch until the new one has acknowledged it
+   with a byte, closes it then and releases it with another one, and the new one watches only what was released; so many
+   batches are on their way at a time.
    Prints one JSON object: nanoseconds of wall time from the first DEL to the last ADD, and of CPU on both sides. */
 #define _GNU_SOURCE
 #include "common.h"
@@ -18,7 +21,8 @@ struct outcome {
     int64_t done, cpu;
 };
 
-static size_t count, batch, state_size;
+static size_t count, batch, state_size, window;
+static int released[2];
 static char *states;
 
 static union {
@@ -72,9 +76,19 @@ static void be_client(struct sockaddr_in address, int told) {
     exit(0);
 }
 
+/* One batch of those that have come was released. */
+static size_t watch_batch(int epoll, const int *descriptors, size_t begin) {
+    size_t end = begin + least(batch, count - begin);
+    char byte;
+    if (window) read_all(released[0], &byte, 1);
+    for (size_t i = begin; i < end; i++) watch(epoll, EPOLL_CTL_ADD, descriptors[i]);
+    return end;
+}
+
 static void take(int channel, int result) {
-    size_t most = batch * state_size, taken = 0;
-    int descriptors[MOST], epoll = epoll_create1(EPOLL_CLOEXEC);
+    size_t most = batch * state_size, taken = 0, watched = 0;
+    int *descriptors = calloc(count, sizeof *descriptors), epoll = epoll_create1(EPOLL_CLOEXEC);
+    if (!descriptors) fail("calloc");
     char first;
     if (epoll < 0) fail("epoll_create1");
     int64_t spent = -1;
@@ -88,18 +102,30 @@ static void take(int channel, int result) {
         if (got < 1) fail("recvmsg");
         struct cmsghdr *header = CMSG_FIRSTHDR(&in);
         if ((in.msg_flags & MSG_CTRUNC) || !header || header->cmsg_len != CMSG_LEN(expected * sizeof(int))) exit(1);
-        memcpy(descriptors, CMSG_DATA(header), expected * sizeof(int));
+        memcpy(descriptors + taken, CMSG_DATA(header), expected * sizeof(int));
         if (state_size) read_all(channel, states + taken * state_size + got, expected * state_size - (size_t)got);
-        for (size_t i = 0; i < expected; i++) watch(epoll, EPOLL_CTL_ADD, descriptors[i]);
+        if (window && write(channel, &first, 1) != 1) fail("write");
+        if (!window || taken) watched = watch_batch(epoll, descriptors, watched);
         taken += expected;
     }
+    while (watched < count) watched = watch_batch(epoll, descriptors, watched);
     struct outcome outcome = {now_ns(), clock_ns(CLOCK_PROCESS_CPUTIME_ID) - spent};
     if (write(result, &outcome, sizeof outcome) != sizeof outcome) fail("write");
     exit(0);
 }
 
+static size_t close_batch(int channel, const int *descriptors, size_t begin) {
+    size_t end = begin + least(batch, count - begin);
+    char byte = 'x';
+    if (window) read_all(channel, &byte, 1);
+    for (size_t i = begin; i < end; i++) close(descriptors[i]);
+    if (window && write(released[1], &byte, 1) != 1) fail("write");
+    return end;
+}
+
 static void give(int channel, int epoll, const int *descriptors, int close_epoll) {
     char byte = 'x';
+    size_t closed = 0;
     if (close_epoll) close(epoll);
     for (size_t given = 0; given < count;) {
         size_t now = least(batch, count - given), size = now * sizeof(int), bytes = state_size ? now * state_size : 1;
@@ -112,9 +138,10 @@ static void give(int channel, int epoll, const int *descriptors, int close_epoll
         header->cmsg_len = CMSG_LEN(size);
         memcpy(CMSG_DATA(header), descriptors + given, size);
         if (sendmsg(channel, &out, MSG_NOSIGNAL) != (ssize_t)bytes) fail("sendmsg");
-        for (size_t i = 0; i < now; i++) close(descriptors[given + i]);
         given += now;
+        if (!window || given - closed >= window * batch) closed = close_batch(channel, descriptors, closed);
     }
+    while (closed < count) closed = close_batch(channel, descriptors, closed);
 }
 
 int main(int argc, char **argv) {
@@ -123,6 +150,7 @@ int main(int argc, char **argv) {
     count = (size_t)option(argc, argv, "--connections", 9000);
     batch = (size_t)option(argc, argv, "--batch", 252);
     state_size = (size_t)option(argc, argv, "--state", 0);
+    window = (size_t)option(argc, argv, "--window", 0);
     if (!count || !batch || batch > MOST) return 2;
     raise_descriptor_limit();
     alarm(60);
@@ -133,7 +161,7 @@ int main(int argc, char **argv) {
     if (listen(listener, QUEUE) < 0) fail("listen");
     if (getsockname(listener, (struct sockaddr *)&address, &length) < 0) fail("getsockname");
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, channel) < 0) fail("socketpair");
-    if (pipe(result) < 0 || pipe(told) < 0) fail("pipe");
+    if (pipe(result) < 0 || pipe(told) < 0 || pipe(released) < 0) fail("pipe");
     if (!descriptors || !(states = malloc(count * state_size + 1))) fail("malloc");
     memset(states, 's', count * state_size + 1);
     pid_t client = start();

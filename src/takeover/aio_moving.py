@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from ._moving_py import Stays, protocol_for, state_of
 from .aio_entrance import Arrival, Entrance, Home, Porch, Seat, feed
 from .aio_streams import Stream
-from .borrowed import BorrowedSocket
 from .errors import RemoteProtocolError
 from .records import EOF_RECEIVED, EOF_WRITTEN, HAS_STATE, PAUSED, Moved, Record, pack_peer, unpack
 
@@ -35,12 +34,15 @@ FIN_SENT = frozenset({4, 5, 6, 9, 11})
 class Hold(asyncio.Protocol):
     """The protocol of a connection on its way. Whatever nevertheless happens to it goes to its own protocol.
 
-    `disturbed` says whether anything has happened that the record does not tell.
+    `disturbed` says whether anything has happened that the record does not tell. It owns the duplicate that travels.
     """
 
-    def __init__(self, seat: Seat, protocol: Any, was_reading: bool, eof_written: bool) -> None:
+    def __init__(
+        self, seat: Seat, protocol: Any, duplicate: socket.SocketType, was_reading: bool, eof_written: bool
+    ) -> None:
         self.seat = seat
         self.protocol = protocol
+        self.duplicate = duplicate
         self.was_reading = was_reading
         self.eof_written = eof_written
         self._heard = False
@@ -51,16 +53,17 @@ class Hold(asyncio.Protocol):
         seat.hold = self
         seat.transport.set_protocol(self)
 
-    def disturbed(self, descriptor: int) -> bool:
+    def disturbed(self) -> bool:
         transport = self.seat.transport
         if self._heard or transport.is_closing() or transport.is_reading() or transport.get_write_buffer_size():
             return True
         if isinstance(self.protocol, Stream) and self.protocol.reader.turns != self._turns:
             return True
-        return _eof_written(descriptor, self.seat.family) is not self.eof_written
+        return _eof_written(self.duplicate, self.seat.family) is not self.eof_written
 
     def undo(self) -> None:
         """The connection is served here again."""
+        self.duplicate.close()
         self.seat.hold = None
         transport = self.seat.transport
         if transport.get_protocol() is self:
@@ -76,6 +79,7 @@ class Hold(asyncio.Protocol):
         """The connection is the successor's."""
         self.seat.transport.set_protocol(Gone(self.protocol))
         self.seat.transport.abort()
+        self.duplicate.close()
         moved = getattr(self.protocol, "connection_moved", None)
         if moved is not None:
             try:
@@ -201,7 +205,7 @@ class Mover:
             assert seat.hold is not None
             if index in skip:
                 self._bring_back(descriptor, stay=True)
-            elif seat.hold.disturbed(descriptor):
+            elif seat.hold.disturbed():
                 kept.append(index)
             else:
                 self._let_go(descriptor)
@@ -216,13 +220,11 @@ class Mover:
         assert seat.hold is not None
         seat.stays = seat.stays or stay
         seat.hold.undo()
-        os.close(descriptor)
 
     def _let_go(self, descriptor: int) -> None:
         seat = self._leaving.pop(descriptor)
         assert seat.hold is not None
         seat.hold.let_go()
-        os.close(descriptor)
 
     def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
         try:
@@ -316,18 +318,20 @@ def _export(seat: Seat) -> tuple[bytes, int]:
         descriptor = os.dup(seat.socket.fileno())
     except OSError:
         raise Stays("busy") from None  # no descriptor left at the moment
+    # The bare type: socket.socket looks up three enumerations, which takes longer than all that is asked of it here.
+    duplicate = socket.SocketType(seat.family, socket.SOCK_STREAM, 0, descriptor)
     try:
-        eof_written = _eof_written(descriptor, seat.family)
+        eof_written = _eof_written(duplicate, seat.family)
         record = _record(seat, protocol, version, state, EOF_WRITTEN * eof_written)
     except BaseException as error:
-        os.close(descriptor)
+        duplicate.close()
         if not isinstance(error, OverflowError):
             raise
         log.error("%s is too much to move; it is drained", error)
         raise Stays("state") from None
     was_reading = transport.is_reading()
     transport.pause_reading()
-    Hold(seat, protocol, was_reading, eof_written)
+    Hold(seat, protocol, duplicate, was_reading, eof_written)
     return record, descriptor
 
 
@@ -349,15 +353,14 @@ def _record(seat: Seat, protocol: Any, version: int, state: bytes, flags: int) -
     return Record(seat.home.inode, flags, seat.times, peer, version, high, low, unread, b"", state).pack()
 
 
-def _eof_written(descriptor: int, family: int) -> bool:
+def _eof_written(sock: socket.SocketType, family: int) -> bool:
     """Whether we have sent FIN; a transport does not tell."""
-    with BorrowedSocket(descriptor, family, socket.SOCK_STREAM, 0) as sock:
-        try:
-            if family != socket.AF_UNIX:
-                return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in FIN_SENT
-            sock.send(b"", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-        except BrokenPipeError:
-            return True
-        except OSError:
-            pass
-        return False
+    try:
+        if family != socket.AF_UNIX:
+            return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in FIN_SENT
+        sock.send(b"", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+    except BrokenPipeError:
+        return True
+    except OSError:
+        pass
+    return False

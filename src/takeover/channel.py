@@ -114,12 +114,16 @@ class Account:
 
 
 class Batch(NamedTuple):
-    """Connections on their way since `began` (CLOCK_MONOTONIC), but for those with the indices in `skip`."""
+    """Connections on their way since `began` (CLOCK_MONOTONIC), but for those with the indices in `skip`.
+
+    `work` is how many seconds it took to take them out of the loop.
+    """
 
     number: int
     descriptors: array[int]
     began: float
     skip: frozenset[int] = frozenset()
+    work: float = 0.0
 
 
 class End(Exchange):
@@ -250,6 +254,10 @@ class End(Exchange):
             self.guard(self.tick)
         else:
             self._silent = 0
+            self.idle()
+
+    def idle(self) -> None:
+        """Nothing has been on its way for a moment."""
 
     def _unwatch(self) -> None:
         self.loop.remove_reader(self.link.fileno())

@@ -32,6 +32,10 @@ QUICK, SLOW = 0.003, 0.008
 TOO_SLOW = 0.1
 """Seconds above which even a small batch is halved: only handlers take so long, all else is a machine that is busy."""
 
+SHARE = 8
+"""How many times longer than it is worked on here a batch must stand still for its size not to matter: it waits while
+loops that are busy serve others then, and with small batches that goes on for longer."""
+
 BATCH_SIZE = 256 << 10
 """Bytes of records at which a batch is full, whatever the number of its connections."""
 
@@ -69,6 +73,7 @@ class Giver(End):
         self._resting = False
         self._busy = 0
         self._packed: tuple[bytes, array[int]] = (b"", array("i"))
+        self._began = self._work = 0.0
         self._refused: list[list[Any]] = []
         self._staying: deque[Batch] = deque()
         self._release = b""
@@ -114,9 +119,11 @@ class Giver(End):
         if not self._token_is_unread():
             self.step(Local.BEATEN)
             return
+        began = time.monotonic()
         body, descriptors, self._cursor = self.connections.export_connections(
             self._cursor, most, BATCH_SIZE, self._reasons
         )
+        self._began, self._work = began, time.monotonic() - began
         if descriptors:
             self._packed = body, descriptors
             self.step(Local.BATCH)
@@ -189,8 +196,7 @@ class Giver(End):
             self.link.send(kind, {"left": dict(self.left)})
 
     def _send_batch(self, body: bytes, descriptors: array[int]) -> None:
-        began = time.monotonic()
-        prefix = records.BATCH.pack(self._number, int(began * 1e9), len(descriptors), len(body))
+        prefix = records.BATCH.pack(self._number, int(self._began * 1e9), len(descriptors), len(body))
         try:
             if len(body) > records.LARGEST_INLINE:
                 file = records.seal("takeover-connections", body)
@@ -202,7 +208,7 @@ class Giver(End):
             return
         if not self.batches:
             self._silent = 0
-        self.batches.append(Batch(self._number, descriptors, began))
+        self.batches.append(Batch(self._number, descriptors, self._began, work=self._work))
         self._number += 1
 
     def _refused_by_kernel(self, descriptors: array[int], error: OSError) -> None:
@@ -247,7 +253,7 @@ class Giver(End):
             self.account.moved_out += len(batch.descriptors)
 
     def _relinquish(self) -> None:
-        batch = self.batches.popleft()
+        batch, began = self.batches.popleft(), time.monotonic()
         skip = frozenset(index for index, _ in self._refused)
         kept, tails = self.connections.relinquish_connections(batch.descriptors, skip)
         self._release = records.pack_release(batch.number, kept, tails)
@@ -258,8 +264,9 @@ class Giver(End):
         if kept:
             staying = array("i", [batch.descriptors[index] for index in kept])
             self._staying.append(batch._replace(descriptors=staying))
-        took = time.monotonic() - batch.began
-        if took < QUICK:
+        now = time.monotonic()
+        took, work = now - batch.began, batch.work + now - began
+        if took < QUICK or (self._most >= SMALL_BATCH and SHARE * work < took < TOO_SLOW):
             self._most = min(2 * self._most, records.MOST_CONNECTIONS)
         elif took > (SLOW if self._most > SMALL_BATCH else TOO_SLOW):
             self._most = max(self._most // 2, 1)

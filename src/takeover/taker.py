@@ -9,11 +9,15 @@ from typing import Any
 
 from . import records
 from .channel import Batch, End, check_indices, in_words
+from .collector import collector
 from .errors import RemoteProtocolError
 from .exchange import logger
 from .link import close_all
 from .protocol import TAKER, Do, Event, Local, State
 from .wire import Frame, Type
+
+RECOUNT = 0.1
+"""Seconds after which clients that have come or gone since are counted anew; asyncio's servers must look at each."""
 
 
 class Taker(End):
@@ -28,7 +32,10 @@ class Taker(End):
         super().__init__(*arguments)
         self.moved = 0
         self.left: dict[str, int] = {}
+        self._adopted = 0
         self._had = self.connections.connections
+        self._others = 0
+        self._counted = self.started
         self._refused: list[list[Any]] = []
         self._answered = -1
         self._release = records.Release(0, [], {})
@@ -54,7 +61,11 @@ class Taker(End):
 
     def _room(self) -> int:
         """How many connections more there is room for; clients that have come since then take it too."""
-        return max(0, self.channel.room - (self.connections.connections - self._had))
+        now = time.monotonic()
+        if now - self._counted > RECOUNT:
+            self._others = self.connections.connections - self._had - self._adopted
+            self._counted = now
+        return max(0, self.channel.room - self._adopted - self._others)
 
     def perform(self, action: Do) -> Event | None:
         if action is Do.ADOPT:
@@ -76,6 +87,7 @@ class Taker(End):
         number, taken, size, descriptors = self._open(self.frame)
         if not self.batches:
             self._silent = 0
+        collector.rest(self)
         try:
             body = self._records(self.frame, len(descriptors), size)
         except OSError as error:
@@ -88,6 +100,7 @@ class Taker(End):
             close_all(self.frame.descriptors)
             del self.frame.descriptors[:]
         skip = frozenset(index for index, _ in self._refused)
+        self._adopted += len(descriptors) - len(skip)
         self.batches.append(Batch(number, descriptors, taken, skip))
         self.account.state_bytes += len(body)
         self.account.refused.update(word for _, word in self._refused)
@@ -124,6 +137,7 @@ class Taker(End):
         self.batches.popleft()
         if kept:
             self.connections.drop_connections(array("i", [batch.descriptors[index] for index in kept]), ())
+            self._adopted -= len(kept)
         self._serve(batch._replace(skip=batch.skip | set(kept)), tails)
 
     def _serve_or_drop(self, batch: Batch) -> None:
@@ -145,9 +159,17 @@ class Taker(End):
         self.account.longest_standstill = max(self.account.longest_standstill, standstill)
         self.account.changed()
 
+    def idle(self) -> None:
+        collector.wake(self)
+
+    def leave(self) -> None:
+        super().leave()
+        collector.wake(self)
+
     def changed(self, before: State) -> None:
         super().changed(before)
         if self.finished:
+            collector.wake(self)
             self.account.last_move = (time.monotonic() - self.started) * 1000
             self.account.expected -= self.channel.expected - self.moved
             self.account.drained.update(self.left)
