@@ -302,6 +302,37 @@ def test_a_taker_that_stops_while_the_channel_is_full_costs_nothing(room: Room, 
         boundaries.close()
 
 
+@pytest.mark.parametrize("victim", ["giver", "taker"])
+def test_what_stayed_since_an_end_was_silent_for_too_long_moves_when_it_is_back(room: Room, victim: str) -> None:
+    programs: dict[str, Program] = {}
+
+    def act() -> bool:
+        stop(programs[victim])
+        return False
+
+    boundaries = Boundaries({f"{victim} at {'ADOPTED' if victim == 'giver' else 'RELEASED'}": act})
+    try:
+        wishes = {"limits": FAST, "boundaries": boundaries.name}
+        programs["giver"] = room.echo(wishes)
+        programs["giver"].wait_for("serving")
+        streams = room.streams(5, idle=495)
+        streams.goes_on()
+        programs["taker"] = room.echo(wishes)
+        eventually(boundaries.reached.is_set, "the boundary")
+        other = programs["taker" if victim == "giver" else "giver"]
+        steps = {"giver": "giver before RECLAIM", "taker": "taker before CLAIM"}
+        eventually(lambda: steps["taker" if victim == "giver" else "giver"] in boundaries.seen, f"{other.pid} goes on")
+        programs[victim].signal(signal.SIGCONT)
+        assert programs["giver"].wait() == 0, said(programs)
+        report = room.status()
+        assert (report["moved"]["in"], report["connections"]["open"]) == (500, 500), said(programs)
+        streams.goes_on()
+        streams.stop()
+        assert not streams.failures, streams.failures
+    finally:
+        boundaries.close()
+
+
 def test_what_fits_into_a_successor_with_few_descriptors_moves_and_the_rest_drains_and_is_counted(room: Room) -> None:
     """L7."""
     old = start(room)

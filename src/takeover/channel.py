@@ -43,7 +43,8 @@ class Connections(Protocol):
 class Channel(NamedTuple):
     """One end: the socket and the token are descriptors, owned by whoever holds this; who is at the other end.
 
-    `room` is how many descriptors the taker can hold, `expected` how many connections the giver has.
+    `room` is how many descriptors the taker can hold, `expected` how many connections the giver has. `again`, which any
+    thread may call, asks for another one where this one has ended although both ends live.
     """
 
     sock: int
@@ -52,6 +53,7 @@ class Channel(NamedTuple):
     generation: int
     room: int = 0
     expected: int = 0
+    again: Callable[[], object] | None = None
 
     def close(self) -> None:
         close_all([self.sock, self.token])

@@ -21,6 +21,9 @@ from .wire import VERSIONS, Body, Frame, Type
 if TYPE_CHECKING:
     from .controller import Controller
 
+CHANNELS = 5
+"""How often an older process is asked for its live connections: one of the two may have been busy or stopped."""
+
 SPARE_DESCRIPTORS = 16
 """How many descriptors a successor keeps for itself when it says how much room it has."""
 
@@ -69,6 +72,7 @@ class Successor(Exchange):
         self.inherited: list[Inherited] = []
         self.elder = Elder(link.peer.pid, 0, 0)
         self.ready: Body = {"adopted": [], "bound": [], "unused": []}
+        self._channels = 0
         self._version = VERSIONS[0]
         self._left = -1
         self._token = -1
@@ -183,8 +187,9 @@ class Successor(Exchange):
 
     def open_channel(self) -> None:
         """Asks the older process for its live connections, if the server here can take them."""
-        if not self.joiner.server.live:
+        if not self.joiner.server.live or self.finished or self.link.lost or self._channels == CHANNELS:
             return
+        self._channels += 1
         try:
             ours, theirs = open_channel()
         except OSError as error:
@@ -193,8 +198,12 @@ class Successor(Exchange):
         room = room_for_connections()
         wish = {"room": room, "pid": os.getpid(), "generation": self.joiner.generation}
         self.link.send(Type.TAKE, wish, theirs, given=theirs)
-        channel = Channel(*ours, self.elder.pid, self.elder.generation, room, self.elder.connections)
+        elder = self.elder
+        channel = Channel(*ours, elder.pid, elder.generation, room, elder.connections, self._open_another)
         self.joiner.server.take_connections(channel, self.limits)
+
+    def _open_another(self) -> None:
+        self.joiner.post(lambda: self.joiner.at_next_tick(self.open_channel))
 
     def _keep_one(self, item: Body, descriptors: array[int]) -> None:
         """Checks the first descriptor that is left, and moves it into our own keeping."""

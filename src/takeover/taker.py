@@ -176,6 +176,13 @@ class Taker(End):
             self.account.changed()
             if self.moved or self.left:
                 self._tell()
+            self._ask_again(before)
+
+    def _ask_again(self, before: State) -> None:
+        """Where one end was silent for too long, and nothing else was wrong, what is left may still move."""
+        complete = before is State.TAKING and self.cause is Type.FINISHED
+        if not complete and self.error is None and self._answered >= 0 and self.channel.again is not None:
+            self.channel.again()
 
     def _tell(self) -> None:
         logger.info(
