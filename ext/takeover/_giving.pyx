@@ -120,6 +120,10 @@ cdef Connection *export_natives(Core *core, size_t *cursor, int most, size_t siz
     return NULL
 
 
+cdef object OLDEST = -(1 << 31)
+cdef object NEWEST = (1 << 31) - 1
+
+
 cdef Reason export_protocol(Core *core, Connection *connection, Output *output) except *:
     cdef Transport transport = <Transport>connection.state
     cdef char inet[INET_NAME]
@@ -132,7 +136,9 @@ cdef Reason export_protocol(Core *core, Connection *connection, Output *output) 
     if export is None or getattr(protocol, "import_state", None) is None:
         return UNMOVABLE
     try:
-        version = version_of(protocol)
+        version = getattr(protocol, "state_version", 0)
+        if type(version) is not int or not OLDEST <= version <= NEWEST:
+            version = version_of(protocol)  # which knows what else will do, and says what will not
         state = export()
     except (KeyboardInterrupt, SystemExit):
         raise

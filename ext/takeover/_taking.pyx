@@ -59,6 +59,10 @@ cdef bint is_stream(int fd) noexcept nogil:
     return getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &size) == 0 and kind == SOCK_STREAM
 
 
+cdef inline int moves_then(const Record *record) noexcept nogil:
+    return record.moves + 1 if record.moves < 255 else 255
+
+
 cdef Connection *take_in(Core *core, int fd, int kind, const Record *record, int home) noexcept nogil:
     """A record in the table, HELD, with the unsent bytes; NULL without memory."""
     cdef Connection *connection = open_connection(core, fd, <Kind>kind)
@@ -66,7 +70,7 @@ cdef Connection *take_in(Core *core, int fd, int kind, const Record *record, int
         return NULL
     connection.handler = core.origins[home].callbacks
     connection.origin = <uint16_t>home
-    connection.moves = record.moves + 1 if record.moves < 255 else 255
+    connection.moves = <uint8_t>moves_then(record)
     connection.flags = own_flags(record.flags)
     if queue(core, connection, record.unsent, record.unsent_size):
         release(core, connection)
@@ -91,8 +95,11 @@ cdef Reason adopt_native(Core *core, int fd, const Record *record, int home) noe
     return FINE
 
 
+cdef object UNSAID = object()
+
+
 cdef Reason adopt_protocol(Core *core, object schedule, int fd, const Record *record, int home,
-                           object generation) except *:
+                           object moved) except *:
     cdef Connection *connection
     cdef Transport transport
     cdef sockaddr_storage peer
@@ -101,11 +108,15 @@ cdef Reason adopt_protocol(Core *core, object schedule, int fd, const Record *re
         return OTHER_HANDLER
     try:
         protocol = factory()
-        if getattr(protocol, "import_state", None) is None:
+        take = getattr(protocol, "import_state", None)
+        if take is None:
             return OTHER_HANDLER
-        if not reads_version(protocol, record.version):
+        if getattr(protocol, "readable_state_versions", UNSAID) is UNSAID:
+            if getattr(protocol, "state_version", 0) != record.version:
+                return OTHER_VERSION
+        elif not reads_version(protocol, record.version):
             return OTHER_VERSION
-        protocol.import_state(record.state[:record.state_size])
+        take(record.state[:record.state_size])
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:
@@ -122,7 +133,7 @@ cdef Reason adopt_protocol(Core *core, object schedule, int fd, const Record *re
         transport.peer_path = unpack_peer(record.peer[:record.peer_size])
     transport.high, transport.low = record.high, record.low
     transport.eof_written = record.flags & R_EOF_WRITTEN != 0
-    transport.moved = Moved(generation, connection.moves)
+    transport.moved = moved
     return FINE
 
 
@@ -139,7 +150,8 @@ cdef list adopt_batch(Core *core, object schedule, const char *records, size_t s
     cdef int answer
     cdef size_t at = 0, length
     cdef Record record
-    cdef int home
+    cdef int home, moves
+    cdef object moved = None
     while index < count:
         length = unpack(records + at, size - at, &record)
         if length == 0:
@@ -173,7 +185,10 @@ cdef list adopt_batch(Core *core, object schedule, const char *records, size_t s
                 at += length
                 index += 1
         if index < count:
-            answers[index] = <uint8_t>adopt_protocol(core, schedule, fds[index], &record, home, generation)
+            moves = moves_then(&record)
+            if moved is None or moved.times != moves:
+                moved = Moved(generation, moves)
+            answers[index] = <uint8_t>adopt_protocol(core, schedule, fds[index], &record, home, moved)
             at += length
             index += 1
     refused = []
