@@ -218,7 +218,7 @@ def test_an_interrupted_successor_leaves_the_service_in_order(room: Room, signum
     if phase == "joining":
         with stopped(old):
             new = room.cli("echo", "--listen", room.url)
-            eventually(lambda: "socket" in holds(new), "it has connected")
+            eventually(lambda: "socket:[" in holds(new), "it has connected")
             new.signal(signum)
             assert new.wait() == 1, new.text
     elif phase == "warming":
