@@ -1,0 +1,1 @@
+"""`takeover run`: any server, in any language, under a supervisor that takes over from its predecessor."""
