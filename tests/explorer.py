@@ -244,7 +244,8 @@ class Explorer:
     def _process_events(
         self, world: World, number: int, process: Process, sides: list[tuple[int, int]]
     ) -> Iterator[tuple[str, World]]:
-        if self.rules.decisions and not process.told and any(self._leaves(world, *side) for side in sides):
+        free = not process.told or any(world.links[index][role].state == "RETURNING" for index, role in sides)  # type: ignore[union-attr]
+        if self.rules.decisions and free and any(self._leaves(world, *side) for side in sides):
             yield (
                 f"{number} decides LEAVING",
                 _process(world, number, process._replace(told=True, leaving=tuple(sides))),

@@ -18,7 +18,16 @@ from .wire import Frame, Type, as_text
 logger = logging.getLogger("takeover")
 
 HEARTBEATS = frozenset(
-    {State.OFFERING, State.JOINING, State.WARMING, State.COMMITTED, State.READY, State.STARTING, State.PROBATION}
+    {
+        State.OFFERING,
+        State.JOINING,
+        State.WARMING,
+        State.COMMITTED,
+        State.READY,
+        State.STARTING,
+        State.PROBATION,
+        State.RETURNING,
+    }
 )
 IDLE = frozenset({State.OWNER, State.STOPPING}) | FINAL
 

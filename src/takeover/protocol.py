@@ -7,7 +7,8 @@ a reader never waits. Every step that passes ownership is the reading of one byt
 
 - the successor commits by reading COMMIT_BYTE: whoever reads it owns the service;
 - the incumbent takes back by reading whatever is next. COMMIT_BYTE: there was no commit, and there will be none.
-  SETTLE_BYTE: there was one, and it is undone (probation). Nothing: too late, the successor has settled;
+  SETTLE_BYTE: there was one, and it is undone (probation), be it that the successor is gone or that it gives the
+  service back (ABORT). Nothing: too late, the successor has settled;
 - the successor settles by reading SETTLE_BYTE, when the incumbent does not end the probation itself.
 
 So a lost message, a death or a stop between any two steps leaves one owner, and the messages only say what happened.
@@ -79,6 +80,7 @@ class State(enum.Enum):
     READY = "ready"
     CLAIMING = "claiming"
     STARTING = "starting"
+    RETURNING = "returning"
     SETTLING = "settling"
     OWNER = "owner"
     FAILED = "failed"
@@ -163,8 +165,9 @@ def _table(*rows: Row) -> Table:
 
 
 _GONE = (Local.LOST, Local.SILENT, Local.OVERTIME)
-# What may still be on its way from a successor that settled by itself, when the token was the first to tell.
-_SETTLED_BY_ITSELF = (Type.HEARTBEAT, Type.TAKEN, Type.READY, Type.ALIVE, Type.SETTLED)
+# What may still be on its way from a successor that settled by itself, when the token was the first to tell, or that
+# wanted to give the service back when the probation was over.
+_SETTLED_BY_ITSELF = (Type.HEARTBEAT, Type.TAKEN, Type.READY, Type.ALIVE, Type.ABORT, Type.SETTLED)
 
 INCUMBENT = _table(
     (State.GREETING, (Type.JOIN,), State.OFFERING, (Do.OFFER,)),
@@ -227,6 +230,11 @@ SUCCESSOR = _table(
     (State.PROBATION, (Type.DONE,), State.OWNER, (Do.ELDERS, Do.OPEN_CHANNEL)),
     (State.PROBATION, (Type.UNDO,), State.UNDONE, (Do.STOP_ACCEPTING, Do.CLOSE)),
     (State.PROBATION, (Local.LOST, Local.SILENT, Local.LEAVING), State.SETTLING, (Do.TAKE_SETTLE,)),
+    (State.PROBATION, (Local.FAIL,), State.RETURNING, (Type.ABORT,)),
+    (State.RETURNING, (Type.COMMIT, Type.HEARTBEAT), State.RETURNING, ()),
+    (State.RETURNING, (Type.DONE,), State.OWNER, (Do.ELDERS, Do.OPEN_CHANNEL)),
+    (State.RETURNING, (Type.UNDO,), State.UNDONE, (Do.STOP_ACCEPTING, Do.CLOSE)),
+    (State.RETURNING, (Local.LOST, Local.SILENT, Local.LEAVING), State.SETTLING, (Do.TAKE_SETTLE,)),
     (State.SETTLING, (Local.GOT_SETTLE,), State.OWNER, (Type.SETTLED,)),
     (State.SETTLING, (Local.GOT_NOTHING,), State.UNDONE, (Do.STOP_ACCEPTING, Do.CLOSE)),
     (State.OWNER, (Type.HEARTBEAT, Type.COMMIT), State.OWNER, ()),
@@ -272,7 +280,7 @@ FINAL = frozenset({State.CLOSED, State.FAILED, State.UNDONE})
 
 def silence_limit(state: State, limits: Limits) -> float | None:
     """Seconds without a word after which the peer counts as SILENT in this state, or None where it may be silent."""
-    if state in (State.COMMITTED, State.PROBATION, State.READY, State.GIVING, State.TAKING):
+    if state in (State.COMMITTED, State.PROBATION, State.RETURNING, State.READY, State.GIVING, State.TAKING):
         return limits.silence
     if state in (State.OFFERING, State.WARMING, State.JOINING):
         return limits.warming_silence

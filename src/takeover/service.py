@@ -247,6 +247,24 @@ class Service:
         """
         return blobs.inherited(self._controller, name, timeout)
 
+    def give_back(self, reason: str) -> bool:
+        """In the probation: gives the service back to the incumbent, because this version has turned out not to work.
+
+        True when the incumbent accepts again: this process is to end then. False where there is nobody to take it, as
+        at a cold start, or where it is too late: the probation is over, and the service stays this process's.
+        """
+        successor = self._successor
+        if successor is None or not self._is_ready:
+            return False
+
+        def fail() -> None:
+            if successor.machine.accepts(Local.FAIL):
+                successor.reason = reason
+                self._controller.run_step(successor, lambda: successor.step(Local.FAIL))
+
+        self._controller.ask(fail)
+        return not successor.kept.result()
+
     def status(self) -> dict[str, Any]:
         """What `takeover status --json` prints."""
         return self._controller.ask(self._controller.status)

@@ -56,7 +56,7 @@ class Successor(Exchange):
     """Owns what was inherited until the service takes it (`take`); an exchange that fails closes what is left.
 
     `joined` is done when everything has come, `committed` when this process owns the service or never will; both carry
-    the exception of an exchange that failed.
+    the exception of an exchange that failed. `kept` is whether the service, once committed, stayed with this process.
     """
 
     role = "successor"
@@ -69,6 +69,7 @@ class Successor(Exchange):
         self.dry_run = dry_run
         self.joined: Future[None] = Future()
         self.committed: Future[None] = Future()
+        self.kept: Future[bool] = Future()
         self.inherited: list[Inherited] = []
         self.elder = Elder(link.peer.pid, 0, 0)
         self.ready: Body = {"adopted": [], "bound": [], "unused": []}
@@ -271,6 +272,7 @@ class Successor(Exchange):
         elif self.state is State.STARTING:
             self.committed.set_result(None)
         elif self.state is State.OWNER:
+            self.kept.set_result(True)
             self.joiner.settled(self)
         elif self.state in (State.FAILED, State.UNDONE):
             self._fail(before)
@@ -282,6 +284,7 @@ class Successor(Exchange):
         for future in (self.joined, self.committed):
             if not future.done():
                 future.set_exception(error)
+        self.kept.set_result(False)
         if self.state is State.UNDONE:
             self.joiner.blobs.forget()
             self.joiner.blobs.give_up()

@@ -1,0 +1,74 @@
+"""A successor that turns out not to work gives the service back, as long as the probation lasts."""
+
+from __future__ import annotations
+
+import select
+import socket
+
+import takeover
+from processes import Room
+
+
+class Watcher(takeover.Server):
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def start_accepting(self) -> None:
+        self.calls.append("start")
+
+    def stop_accepting(self, kept: frozenset[str]) -> None:
+        self.calls.append("stop")
+
+    def drain(self) -> None:
+        self.calls.append("drain")
+
+    def undone(self, reason: str) -> None:
+        self.calls.append(f"undone: {reason}")
+
+
+def test_in_the_probation_the_incumbent_accepts_again_and_learns_why(room: Room) -> None:
+    old_server, new_server = Watcher(), Watcher()
+    with takeover.join(room.control, server=old_server, probation=60) as old:
+        sock = old.listen(room.url)
+        old.ready()
+        with takeover.join(room.control, server=new_server) as new:
+            new.listen(room.url)
+            new.ready()
+            assert new.accepts and not old.accepts
+            assert new.give_back("the command died")
+            assert new.state == "undone" and not new.accepts
+        assert old.accepts and old.state == "serving"
+        assert old_server.calls == ["stop", "start"]
+        assert new_server.calls[-1].startswith("undone: ")
+        last = old.status()["last_takeover"]
+        assert last["outcome"] == "undone" and last["reason"] == "the command died"
+        with socket.create_connection(sock.getsockname()):
+            select.select([sock], [], [], 30)
+            sock.accept()[0].close()
+        with takeover.join(room.control) as third:
+            third.listen(room.url)
+            assert third.ready().generation == 2
+    assert room.left_behind() == []
+
+
+def test_after_the_probation_the_service_stays_where_it_is(room: Room) -> None:
+    with takeover.join(room.control, probation=0) as old:
+        old.listen(room.url)
+        old.ready()
+        with takeover.join(room.control) as new:
+            new.listen(room.url)
+            new.ready()
+            assert old.wait(30)
+            assert not new.give_back("too late")
+            assert new.accepts
+    assert room.left_behind() == []
+
+
+def test_a_cold_start_has_nobody_to_give_the_service_back_to(room: Room) -> None:
+    with takeover.join(room.control) as service:
+        service.listen(room.url)
+        assert not service.give_back("too early")
+        service.ready()
+        assert not service.give_back("nobody is there")
+        assert service.accepts
+    assert room.left_behind() == []
