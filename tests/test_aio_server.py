@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -60,6 +61,30 @@ def test_a_block_serves_and_gives_the_service_up_at_its_end(room: Room, run: Run
             writer.close()
 
     run(serve())
+    assert gone(room)
+
+
+def test_what_was_accepted_in_the_turn_in_which_accepting_stops_is_served(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve() -> None:
+        accept = socket.socket.accept
+
+        def close_as_well(sock: socket.socket) -> Any:
+            accepted = accept(sock)
+            if sock.getsockname() == room.address:
+                asyncio.get_running_loop().call_soon(server.close)
+            return accepted
+
+        server = await start(room)
+        monkeypatch.setattr(socket.socket, "accept", close_as_well)
+        reader, writer = await asyncio.open_connection(*room.address)
+        writer.write(b"just in time\n")
+        assert await reader.readline() == b"just in time\n"
+        writer.close()
+        await server.wait_closed()
+
+    asyncio.run(asyncio.wait_for(serve(), LIMIT))
     assert gone(room)
 
 

@@ -64,10 +64,17 @@ class Listener(Home):
         return self._opening
 
     def stop(self) -> None:
-        """Accepts no more; new connections wait in the kernel's queue."""
+        """Accepts no more; new connections wait in the kernel's queue.
+
+        asyncio makes the transport of what it has accepted one turn of the loop later, in a task that fails, and drops
+        the connection, where the server is closed by then. So the server is closed behind those tasks.
+        """
         self._wanted = False
         if self._server is not None:
-            self._server.close()
+            assert self._duplicate is not None
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._duplicate.fileno())
+            loop.call_soon(self._server.close)
             self._server = None
 
     def close_after_fork(self) -> None:
