@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from aio_rooms import Aio
 from processes import Room
 
 BACKENDS = ("cython", "python")
@@ -62,6 +63,14 @@ def room(backend: str, fdpass: ModuleType, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr("takeover.link.fdpass", fdpass)
     with Room(backend) as room:
         yield room
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def aio(request: pytest.FixtureRequest) -> Iterator[Aio]:
+    if request.param == "uvloop":
+        pytest.importorskip("uvloop", reason="uvloop cannot be imported here")
+    with Room("cython" if CYTHON_IS_BUILT else "python") as room:
+        yield Aio(room, request.param)
 
 
 TOGETHER = frozenset({"test_packaging.py", "test_loop_echo.py", "test_explorer.py", "test_channel_explorer.py"})

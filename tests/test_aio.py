@@ -12,83 +12,15 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from aio_rooms import Aio, Client
 from clients import LIMIT, eventually, receive_exactly
-from conftest import CYTHON_IS_BUILT
-from processes import FAST, Program, Room, descriptors_at_rest, state_of
+from processes import Program, descriptors_at_rest, state_of
 
 BOTH = pytest.mark.parametrize("kind", ["lines", "lines-stream"])
-
-
-class Aio:
-    """A room with servers on one kind of loop."""
-
-    def __init__(self, room: Room, loop: str) -> None:
-        self.room = room
-        self.loop = loop
-
-    def start(self, kind: str, *, settled: bool = True, **wishes: Any) -> Program:
-        """Starts a server, and returns when it owns the service."""
-        defaults = {"listen": [self.room.url], "control": self.room.control, "probation": 0.0}
-        options = {**defaults, **wishes.pop("options", {})}
-        argument = {"loop": self.loop, "kind": kind, "options": options, "limits": FAST, **wishes}
-        program = self.room.program("aio_server.py", argument)
-        if settled:
-            self.room.wait_for_owner(program)
-        return program
-
-    def moved(self) -> dict[str, Any]:
-        """What status tells of moves."""
-        moved = self.room.status()["moved"]
-        assert isinstance(moved, dict)
-        return moved
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def aio(request: pytest.FixtureRequest) -> Iterator[Aio]:
-    if request.param == "uvloop":
-        pytest.importorskip("uvloop", reason="uvloop cannot be imported here")
-    with Room("cython" if CYTHON_IS_BUILT else "python") as room:
-        yield Aio(room, request.param)
-
-
-class Client:
-    """Sends lines, and reads the answers."""
-
-    def __init__(self, room: Room) -> None:
-        self.sock = room.connect()
-        self._buffer = b""
-
-    def read_line(self) -> str:
-        while b"\n" not in self._buffer:
-            data = self.sock.recv(65536)
-            if not data:
-                raise ConnectionResetError(f"end of file after {self._buffer!r}")
-            self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line.decode()
-
-    def say(self, text: str) -> None:
-        self.sock.sendall(text.encode() + b"\n")
-
-    def ask(self, text: str = "hello") -> dict[str, Any]:
-        self.say(text)
-        answer = json.loads(self.read_line())
-        assert answer["text"] == text
-        return dict(answer)
-
-    def served_by(self) -> int:
-        return int(self.ask()["pid"])
-
-    def __enter__(self) -> Client:  # noqa: PYI034 - typing.Self needs Python 3.11
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.close()
 
 
 @pytest.mark.parametrize("kind", ["echo", "echo-stream"])
@@ -317,6 +249,7 @@ def test_a_client_that_has_sent_its_end_of_file_moves_and_is_told_what_comes_lat
     with Client(aio.room) as half, Client(aio.room) as whole:
         half.ask("half")
         half.sock.shutdown(socket.SHUT_WR)
+        assert half.read_line() == f"{first.pid} eof"
         whole.ask()
         second = aio.start("lines")
         assert first.wait() == 0

@@ -48,9 +48,12 @@ class Home:
 
 
 class Seat:
-    """One connection of this loop, from its connection_made() until its socket is closed. `stays` for good, or not."""
+    """One connection of this loop, from its connection_made() until its socket is closed. `stays` for good, or not.
 
-    __slots__ = ("family", "hold", "home", "socket", "stays", "stream", "times", "transport")
+    `end_seen` says that nothing but the end of file was left to be read when the connection was last looked at.
+    """
+
+    __slots__ = ("end_seen", "family", "hold", "home", "socket", "stays", "stream", "times", "transport")
 
     def __init__(self, transport: Any, home: Home, protocol: Any, times: int) -> None:
         self.transport = transport
@@ -60,6 +63,7 @@ class Seat:
         self.stream = protocol if isinstance(protocol, Stream) else None
         self.times = times
         self.stays = False
+        self.end_seen = False
         self.hold: Hold | None = None
 
     @property
@@ -131,7 +135,7 @@ class Entrance(asyncio.Protocol):
                 transport.write_eof()
         porch = None
         if not isinstance(self.protocol, Stream) and (record.flags & (PAUSED | EOF_RECEIVED) or len(record.unread)):
-            porch = Porch(transport, self.protocol, record)
+            porch = Porch(transport, self.protocol, record.flags, bytes(record.unread))
         else:
             transport.set_protocol(self.protocol)
         self.protocol.connection_made(transport)
@@ -156,18 +160,18 @@ class Porch(asyncio.Protocol):
     """Between the entrance and a protocol that had paused reading or heard the end of file before it moved here.
 
     Loops begin to read behind connection_made() even where that has paused reading (uvloop, asyncio before 3.11), and
-    every loop reads the end of file once more. What comes early waits until the protocol reads again, or moves on with
-    it as unread bytes; what the protocol knows it is not told.
+    every loop reads the end of file once more, also where a connection on its way has come back. What comes early waits
+    until the protocol reads again, or moves on with it as unread bytes; what the protocol knows it is not told.
     """
 
-    def __init__(self, transport: Any, protocol: Any, record: Record) -> None:
+    def __init__(self, transport: Any, protocol: Any, flags: int, unread: bytes = b"") -> None:
         self.transport = transport
         self.protocol = protocol
-        self.knows_end = bool(record.flags & EOF_RECEIVED)
-        self.early = [bytes(record.unread)] if len(record.unread) else []
+        self.knows_end = bool(flags & EOF_RECEIVED)
+        self.early = [unread] if unread else []
         self._pausing: asyncio.Handle | None = None
         transport.set_protocol(self)
-        if record.flags & PAUSED:
+        if flags & PAUSED:
             transport.pause_reading()
             self._pausing = asyncio.get_running_loop().call_soon(self._pause)
 

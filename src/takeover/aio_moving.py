@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._moving_py import Stays, protocol_for, state_of
 from .aio_entrance import Arrival, Entrance, Home, Porch, Seat, feed
+from .aio_halves import end_is_next, end_is_sent
 from .aio_streams import Stream
 from .errors import RemoteProtocolError
 from .records import EOF_RECEIVED, EOF_WRITTEN, HAS_STATE, PAUSED, Moved, Record, pack_peer, unpack
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("takeover")
 
-FIN_SENT = frozenset({4, 5, 6, 9, 11})
-"""FIN_WAIT1, FIN_WAIT2, TIME_WAIT, LAST_ACK and CLOSING of tcp_states.h."""
-
 
 class Hold(asyncio.Protocol):
     """The protocol of a connection on its way. Whatever nevertheless happens to it goes to its own protocol.
@@ -38,13 +36,14 @@ class Hold(asyncio.Protocol):
     """
 
     def __init__(
-        self, seat: Seat, protocol: Any, duplicate: socket.SocketType, was_reading: bool, eof_written: bool
+        self, seat: Seat, protocol: Any, duplicate: socket.SocketType, flags: int, *, was_reading: bool
     ) -> None:
         self.seat = seat
         self.protocol = protocol
         self.duplicate = duplicate
         self.was_reading = was_reading
-        self.eof_written = eof_written
+        self.eof_written = bool(flags & EOF_WRITTEN)
+        self.knows_end = bool(flags & EOF_RECEIVED)
         self._heard = False
         self._turns = 0
         if isinstance(protocol, Stream):
@@ -59,7 +58,7 @@ class Hold(asyncio.Protocol):
             return True
         if isinstance(self.protocol, Stream) and self.protocol.reader.turns != self._turns:
             return True
-        return _eof_written(self.duplicate, self.seat.family) is not self.eof_written
+        return end_is_sent(self.duplicate, self.seat.family) is not self.eof_written
 
     def undo(self) -> None:
         """The connection is served here again."""
@@ -67,7 +66,10 @@ class Hold(asyncio.Protocol):
         self.seat.hold = None
         transport = self.seat.transport
         if transport.get_protocol() is self:
-            transport.set_protocol(self.protocol)
+            if self.knows_end and self.was_reading and not isinstance(self.protocol, Porch):
+                Porch(transport, self.protocol, EOF_RECEIVED)
+            else:
+                transport.set_protocol(self.protocol)
         if isinstance(self.protocol, Stream):
             self.protocol.reader.free()
         if self.was_reading and not transport.is_closing():
@@ -95,7 +97,7 @@ class Hold(asyncio.Protocol):
 
     def eof_received(self) -> bool | None:
         self._heard = True
-        return bool(self.protocol.eof_received())
+        return self.knows_end or bool(self.protocol.eof_received())
 
     def pause_writing(self) -> None:
         self.protocol.pause_writing()
@@ -321,8 +323,10 @@ def _export(seat: Seat) -> tuple[bytes, int]:
     # The bare type: socket.socket looks up three enumerations, which takes longer than all that is asked of it here.
     duplicate = socket.SocketType(seat.family, socket.SOCK_STREAM, 0, descriptor)
     try:
-        eof_written = _eof_written(duplicate, seat.family)
-        record = _record(seat, protocol, version, state, EOF_WRITTEN * eof_written)
+        flags = EOF_WRITTEN * end_is_sent(duplicate, seat.family)
+        if not isinstance(protocol, Stream):
+            flags |= EOF_RECEIVED * _end_was_told(seat, protocol, duplicate)
+        record = _record(seat, protocol, version, state, flags)
     except BaseException as error:
         duplicate.close()
         if not isinstance(error, OverflowError):
@@ -331,8 +335,23 @@ def _export(seat: Seat) -> tuple[bytes, int]:
         raise Stays("state") from None
     was_reading = transport.is_reading()
     transport.pause_reading()
-    Hold(seat, protocol, duplicate, was_reading, eof_written)
+    Hold(seat, protocol, duplicate, flags, was_reading=was_reading)
     return record, descriptor
+
+
+def _end_was_told(seat: Seat, protocol: Any, duplicate: socket.SocketType) -> bool:
+    """Whether the protocol was told that its peer has sent its end of file. Raises Stays where that is about to be.
+
+    A loop that reads tells of it in its next turn, and asks for nothing more. So where nothing but the end is left to
+    be read, and the same was so some turns ago, it was told.
+    """
+    if isinstance(protocol, Porch) and protocol.knows_end:
+        return True
+    seen = seat.end_seen
+    seat.end_seen = seat.transport.is_reading() and end_is_next(duplicate, seat.family)
+    if seat.end_seen and not seen:
+        raise Stays("busy")
+    return seat.end_seen
 
 
 def _record(seat: Seat, protocol: Any, version: int, state: bytes, flags: int) -> bytes:
@@ -346,21 +365,7 @@ def _record(seat: Seat, protocol: Any, version: int, state: bytes, flags: int) -
         flags |= PAUSED
     if isinstance(protocol, Porch):
         unread = b"".join(protocol.early)
-        flags |= EOF_RECEIVED * protocol.knows_end
     low, high = (min(mark, 0xFFFFFFFF) for mark in transport.get_write_buffer_limits())
     name = transport.get_extra_info("peername")
     peer = b"" if name is None else pack_peer(seat.family, name)
     return Record(seat.home.inode, flags, seat.times, peer, version, high, low, unread, b"", state).pack()
-
-
-def _eof_written(sock: socket.SocketType, family: int) -> bool:
-    """Whether we have sent FIN; a transport does not tell."""
-    try:
-        if family != socket.AF_UNIX:
-            return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in FIN_SENT
-        sock.send(b"", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-    except BrokenPipeError:
-        return True
-    except OSError:
-        pass
-    return False

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from wishes import report_boundaries
+
 import takeover
 from takeover import aio, service
 from takeover.exchange import Exchange
@@ -95,6 +97,8 @@ class Lines(asyncio.Protocol):
         WRITERS.discard(self.transport)
 
     def eof_received(self) -> bool:
+        if self.half:
+            self.transport.write(f"{os.getpid()} eof\n".encode())
         return self.half
 
     def data_received(self, data: bytes) -> None:
@@ -193,7 +197,7 @@ async def serve(wishes: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Its argument: {"loop", "kind", "options", "limits", "versions", "certificate", "die_at" or "stop_at"}."""
+    """Its argument: {"loop", "kind", "options", "limits", "versions", "certificate", and where to wait or fail}."""
     wishes: dict[str, Any] = json.loads(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
     if "limits" in wishes:
@@ -202,6 +206,8 @@ def main() -> None:
         Exchange.boundary = signal_at(wishes["die_at"], signal.SIGKILL)
     if "stop_at" in wishes:
         Exchange.boundary = signal_at(wishes["stop_at"], signal.SIGSTOP)
+    if "boundaries" in wishes:
+        report_boundaries(wishes["boundaries"])
     try:
         if wishes["loop"] == "native":
             takeover.serve(KINDS[wishes["kind"]], **wishes["options"])
