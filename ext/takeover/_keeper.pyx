@@ -43,6 +43,8 @@ cdef extern from "<errno.h>" nogil:
     enum: EAGAIN, ECONNABORTED, EINTR, EBADF
     int errno
 
+ctypedef void *(*Run)(void *) noexcept nogil
+
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_attr_t:
         pass
@@ -50,7 +52,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_attr_init(pthread_attr_t *attributes)
     int pthread_attr_destroy(pthread_attr_t *attributes)
     int pthread_attr_setstack(pthread_attr_t *attributes, void *start, size_t size)
-    int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *) noexcept nogil, void *it)
+    int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, Run run, void *argument)
     int pthread_join(pthread_t thread, void **result)
     pthread_t pthread_self()
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import blobs, listeners, original
-from .control import ControlPath, Identity, identity
+from .control import ControlPath
 from .controller import Controller, Server, Settings
 from .descriptors import grow_table
 from .errors import (
@@ -22,8 +22,8 @@ from .errors import (
     UsageError,
 )
 from .exchange import logger
+from .holdings import Holdings
 from .link import Link
-from .listeners import Held
 from .protocol import Limits, Local
 from .successor import Successor
 from .wire import LONGEST_TEXT, as_text
@@ -64,15 +64,12 @@ class Service:
         self._settings = settings
         self._successor: Successor | None = None
         self._from_original = False
-        self._asked: set[Any] = set()
-        self._bound: list[Held] = []
-        self._adopted: list[Held] = []
-        self._backlogs: dict[str, int] = {}
         self._is_ready = False
         self._lock = -1
         if server.live:
             grow_table()
         self._controller = Controller(control, server, settings)
+        self._holdings = Holdings()
         self._controller.start()
         try:
             self._join()
@@ -120,47 +117,11 @@ class Service:
         if self._is_ready:
             raise LocalProtocolError("listen() after ready(): the service has been committed with its listeners")
         _check_text("name", name or url)
-        socks = []
-        for address in listeners.resolve(url):
-            key = (address.family, address.type, address.address)
-            if key in self._asked and not address.any_port:
-                raise AddressError(f"{url}: this address was asked for already")
-            self._asked.add(key)
-            adopted = [kept for kept in self._controller.unclaimed if address.is_that_of(kept.descriptor, kept.url)]
-            for kept in adopted:
-                self._controller.unclaimed.remove(kept)
-                sock = socket.socket(fileno=kept.descriptor)
-                sock.setblocking(False)
-                socks.append(self._hold(self._adopted, sock, name, url, kept.identity, backlog))
-            for _ in range(max(1, address.members) - len(adopted)):
-                sock = listeners.bind(address)
-                own = identity(address.address) if sock.family == socket.AF_UNIX else None
-                socks.append(self._hold(self._bound, sock, name, url, own, backlog))
-        return socks
-
-    def _hold(
-        self,
-        where: list[Held],
-        sock: socket.socket,
-        name: str | None,
-        url: str,
-        own: Identity | None,
-        backlog: int,
-    ) -> socket.socket:
-        taken = {held.name for held in (*self._adopted, *self._bound)}
-        wanted = name or url
-        unique, count = wanted, 1
-        while unique in taken:
-            count += 1
-            unique = f"{wanted}#{count}"
-        path = sock.getsockname() if sock.family == socket.AF_UNIX else ""
-        where.append(Held(unique, url, sock, path, own if path else None))
-        self._backlogs[unique] = backlog
-        return sock
+        return self._holdings.claim(url, name, backlog, self._controller.unclaimed)
 
     def name_of(self, sock: socket.socket) -> str:
         """The name under which the report and `takeover status` show a socket that listen() returned."""
-        return next(held.name for held in (*self._adopted, *self._bound) if held.sock is sock)
+        return next(held.name for held in self._holdings if held.sock is sock)
 
     def ready(self) -> Report:
         """The commit: returns when this process owns the service and is to accept. With dry_run, returns as if it did.
@@ -171,17 +132,15 @@ class Service:
         if self._is_ready:
             raise LocalProtocolError("ready() was called before; a process joins a service once")
         unused = tuple(kept.name for kept in self._controller.unclaimed)
-        adopted = tuple(held.name for held in self._adopted)
-        bound = tuple(held.name for held in self._bound)
+        adopted = tuple(held.name for held in self._holdings.adopted)
+        bound = tuple(held.name for held in self._holdings.bound)
         successor = self._successor
         if self._settings.strict and (unused or (bound and (successor is not None or self._from_original))):
             raise LocalError(
                 f"strict: {len(unused)} listeners of the incumbent are not used ({', '.join(unused) or 'none'}), "
                 f"{len(bound)} would be bound anew ({', '.join(bound) or 'none'})"
             )
-        for held in (*self._adopted, *self._bound):
-            if not self._settings.dry_run or held in self._bound:
-                listeners.listen(held.sock, held.url, self._backlogs[held.name])
+        self._holdings.listen(all_of_them=not self._settings.dry_run)
         began = time.monotonic()
         incumbent = 0
         if self._settings.dry_run:
@@ -199,7 +158,7 @@ class Service:
     def _commit(self, successor: Successor, *names: tuple[str, ...]) -> None:
         def warm() -> None:
             successor.ready = dict(zip(("adopted", "bound", "unused"), map(list, names), strict=True))
-            self._controller.listeners = [*self._adopted, *self._bound]
+            self._controller.listeners = list(self._holdings)
             if not successor.finished:
                 self._controller.run_step(successor, lambda: successor.step(Local.WARM))
 
@@ -213,7 +172,7 @@ class Service:
             self._successor.step(Local.ACCEPTING)
 
     def _serve_cold(self) -> None:
-        self._controller.listeners = [*self._adopted, *self._bound]
+        self._controller.listeners = list(self._holdings)
         if self._from_original:
             self._controller.generation = 2
         self._controller.state = "serving"
@@ -284,11 +243,10 @@ class Service:
         if self._lock >= 0:
             self._control.unlock(self._lock)
             self._lock = -1
-        for held in self._bound:
+        for held in self._holdings.bound:
             if not owned:
                 held.remove_path()
-        for held in (*self._adopted, *self._bound):
-            held.sock.close()
+        self._holdings.close()
 
     def __enter__(self) -> Service:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self
