@@ -1,0 +1,242 @@
+"""Whether a new command is ready: each way to tell, and that neither the old command nor a stranger can pass for it."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from clients import eventually
+from newcomers import NEWCOMER, Trials, tcp, trials, udp, unix
+from takeover.errors import UsageError
+from takeover.run import proc, waiting
+from takeover.run.readiness import Way, parse, wanted_of_probe
+
+
+@pytest.fixture
+def stage() -> Iterator[Trials]:
+    with trials() as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("how", "way"),
+    [
+        ("auto", Way("auto")),
+        ("notify", Way("notify")),
+        ("tcp", Way("tcp")),
+        ("http:/health", Way("http", "/health")),
+        ("http:/health=204", Way("http", "/health", 204)),
+        ("http:/health?deep=yes", Way("http", "/health?deep=yes")),
+        ("http:/health?deep=yes=200", Way("http", "/health?deep=yes", 200)),
+        ("exec:curl -f $TAKEOVER_URL", Way("exec", "curl -f $TAKEOVER_URL")),
+        ("delay:1.5", Way("delay", "1.5", seconds=1.5)),
+        ("line:Running on .*:", Way("line", "Running on .*:")),
+    ],
+)
+def test_each_way_is_understood(how: str, way: Way) -> None:
+    assert parse(how) == way
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "",
+        "automatic",
+        "tcp:8000",
+        "http",
+        "http:health",
+        "http:/health=ok",
+        "http:/health=999",
+        "http:/a b",
+        "exec:",
+        "exec: ",
+        "delay:",
+        "delay:-1",
+        "delay:soon",
+        "delay:inf",
+        "delay:nan",
+        "line:",
+        "line:(",
+    ],
+)
+def test_what_cannot_be_meant_is_wrong_usage_and_says_what_can(how: str) -> None:
+    with pytest.raises(UsageError, match="--ready"):
+        parse(how)
+
+
+def test_only_the_way_that_reads_lines_asks_for_the_output() -> None:
+    assert [how for how in ("auto", "tcp", "line:x", "delay:1", "notify") if parse(how).reads_output] == ["line:x"]
+
+
+def test_the_words_of_a_command_tell_whether_it_takes_a_probe_listener() -> None:
+    assert wanted_of_probe(["serve", "--fd", "{fd}"]) == ""
+    assert wanted_of_probe(["serve", "--admin", "fd://{fd:probe}", "--port", "{port:probe}"]) == "fd"
+    assert wanted_of_probe(["serve", "--admin={host:probe}:{port:probe}"]) == "port"
+
+
+WAITS = [
+    "block_in_accept",
+    "wait_in_epoll",
+    "wait_in_nested_epoll",
+    "wait_in_poll",
+    "wait_in_select",
+    "run_asyncio",
+    "accept_in_a_child",
+]
+
+
+@pytest.mark.parametrize("what", WAITS)
+@pytest.mark.parametrize("how", ["auto", "tcp"])
+def test_a_command_is_ready_however_it_waits(stage: Trials, how: str, what: str) -> None:
+    trial = stage.newcomer(how, [stage.listen(tcp())], what)
+    assert "accepted a probe on tcp://" in trial.run()
+
+
+@pytest.mark.parametrize("what", ["block_in_accept", "wait_in_epoll", "wait_in_poll", "wait_in_select"])
+def test_the_listener_on_which_a_process_waits_is_seen_from_outside(stage: Trials, what: str) -> None:
+    listeners = [stage.listen(tcp()), stage.listen(tcp())]
+    trial = stage.newcomer("delay:0", listeners, what)
+    inodes = [os.fstat(each.sock.fileno()).st_ino for each in listeners]
+
+    def waits() -> bool:
+        seen = waiting.look(proc.Tree(trial.pid).members(), inodes)
+        return set(seen.waiting) == set(inodes)
+
+    eventually(waits, "the process is seen waiting on both")
+    assert waiting.look(proc.Tree(os.getpid()).members()[:1], inodes).waiting == {}
+
+
+def test_ipv6_and_unix_listeners_are_probed_too(stage: Trials, tmp_path: pathlib.Path) -> None:
+    listeners = [stage.listen(tcp("::1", socket.AF_INET6)), stage.listen(unix(str(tmp_path / "s")))]
+    trial = stage.newcomer("tcp", listeners, "wait_in_epoll")
+    proof = trial.run()
+    assert "accepted a probe on tcp://[::1]:" in proof and "accepted a probe on unix:" in proof
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_listener_on_every_address_is_probed_on_loopback(stage: Trials, host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    trial = stage.newcomer("tcp", [stage.listen(tcp(host, family))], "wait_in_epoll")
+    assert "accepted a probe" in trial.run()
+
+
+@pytest.mark.parametrize("what", ["receive_datagrams", "wait_in_epoll"])
+def test_a_udp_listener_counts_when_a_process_waits_on_it(stage: Trials, what: str) -> None:
+    trial = stage.newcomer("auto", [stage.listen(udp())], what)
+    assert "waits on udp://" in trial.run()
+
+
+def test_a_command_that_accepts_without_being_seen_waiting_is_ready_too(stage: Trials) -> None:
+    trial = stage.newcomer("auto", [stage.listen(tcp())], "spin_without_waiting")
+    assert "accepted a probe" in trial.run()
+
+
+@pytest.mark.parametrize("what", ["hang", "register_and_hang", "close_them_and_hang", "listen_on_its_own_port"])
+@pytest.mark.parametrize("how", ["auto", "tcp"])
+def test_a_command_that_does_not_accept_is_not_ready_though_the_old_one_answers(
+    stage: Trials, how: str, what: str
+) -> None:
+    listeners = [stage.listen(tcp())]
+    old = stage.newcomer("tcp", listeners, "wait_in_epoll")
+    assert old.run()
+    assert stage.newcomer(how, listeners, what).run(1.5) == ""
+
+
+def test_all_listeners_count_not_only_the_first(stage: Trials) -> None:
+    listeners = [stage.listen(tcp()), stage.listen(tcp())]
+    assert stage.newcomer("auto", listeners, "take_only_the_first").run(1) == ""
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_the_new_command_is_found_beside_an_old_one_that_accepts_too(stage: Trials, what: str) -> None:
+    listeners = [stage.listen(tcp())]
+    old = [stage.newcomer("tcp", listeners, each) for each in ("wait_in_epoll", "wait_in_select")]
+    assert all(each.run() for each in old)
+    new = stage.newcomer("tcp", listeners, what)
+    assert "accepted a probe" in new.run()
+    accepted = int(new.proof.split()[1])
+    assert accepted == new.pid or (what == "accept_in_a_child" and accepted not in [each.pid for each in old])
+
+
+def test_ready_is_believed_of_the_command_and_of_its_children(stage: Trials) -> None:
+    assert stage.newcomer("notify", [], "say_ready_in_a_child").run().startswith("READY=1 from pid ")
+    alone = stage.newcomer("notify", [], "say_ready_and_hang")
+    assert alone.run() == f"READY=1 from pid {alone.pid}"
+    assert alone.check.status == "warming up"
+
+
+def _say_ready_to(address: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"READY=1\nSTATUS=a lie", "\0" + address[1:])
+
+
+def test_ready_is_not_believed_of_a_stranger(stage: Trials) -> None:
+    trial = stage.newcomer("notify", [], "hang")
+    _say_ready_to(trial.check.environment["NOTIFY_SOCKET"])
+    assert trial.run(0.5) == ""
+    assert f"READY=1 came from pid {os.getpid()}, which is none of its processes" in trial.check.why_not()
+    assert trial.check.status == ""
+
+
+def test_ready_is_not_believed_of_the_old_command(stage: Trials) -> None:
+    trial = stage.make("notify", [], sys.executable, NEWCOMER, "hang")
+    old = stage.make("notify", [], sys.executable, NEWCOMER, "say_ready_and_hang")
+    old.check.environment.update(trial.check.environment)
+    old.start()
+    trial.start()
+    assert trial.run(0.5) == ""
+    assert f"READY=1 came from pid {old.pid}" in trial.check.why_not()
+
+
+def test_each_process_has_a_notify_socket_of_its_own(stage: Trials) -> None:
+    first, second = (stage.newcomer("notify", [], what) for what in ("say_only_a_status", "say_ready_and_hang"))
+    assert second.run() == f"READY=1 from pid {second.pid}"
+    eventually(lambda: stage.events.run_once(0.05) or first.check.status == "loading 7 of 9 models", "its status came")
+    assert first.proof == ""
+
+
+def test_ready_alone_does_not_do_for_auto_where_it_can_be_seen_that_nobody_accepts(stage: Trials) -> None:
+    assert stage.newcomer("auto", [stage.listen(tcp())], "say_ready_and_hang").run(1) == ""
+
+
+def test_a_delay_needs_nothing_but_a_life_of_that_long(stage: Trials) -> None:
+    assert "alive for 0.1 s" in stage.newcomer("delay:0.1", [], "hang").run()
+    assert stage.newcomer("delay:30", [], "crash").run() == ""
+
+
+def test_a_check_leaves_no_descriptor_open(stage: Trials) -> None:
+    listeners = [stage.listen(tcp())]
+    before = len(os.listdir("/proc/self/fd"))
+    for how, what in (("auto", "wait_in_epoll"), ("tcp", "hang"), ("notify", "say_ready_and_hang")):
+        trial = stage.newcomer(how, listeners, what)
+        trial.run(0.3)
+        trial.end()
+        stage.trials.remove(trial)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_nothing_is_polled_once_the_command_is_ready(stage: Trials) -> None:
+    trial = stage.newcomer("auto", [stage.listen(tcp())], "wait_in_epoll")
+    assert trial.run()
+    assert stage.events._timeout(None) is None
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/bin/systemd-notify"), reason="needs systemd-notify (Debian: systemd)")
+def test_systemd_notify_is_believed_although_it_ends_at_once(stage: Trials) -> None:
+    trial = stage.start("notify", [], "sh", "-c", "systemd-notify --ready; sleep 60")
+    assert trial.run().startswith("READY=1 from pid ")
+
+
+def test_a_process_that_has_left_its_parent_still_belongs_to_the_command() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as process:
+        tree = proc.Tree(process.pid)
+        assert tree.members() == [process.pid] and tree.has(process.pid) and not tree.has(os.getpid())
+        assert not tree.has(1)
+        process.communicate(b"\n")
+    assert tree.members() == []
