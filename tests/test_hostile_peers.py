@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 
 from clients import LIMIT, eventually
 from processes import FAST, Program, Room, descriptors_at_rest
+from takeover.service import ATTEMPTS
 from takeover.wire import HEADER, MAGIC, Decoder, Frame, Type, encode
 
 JOIN = {
@@ -184,6 +187,21 @@ def test_a_successor_that_shares_no_version_says_so_and_changes_nothing(room: Ro
             assert sock.recv(1) == b""
         assert new.wait() == 1
         assert f"(takeover 9.9) speaks protocol {versions}" in new.lines[-1]
+
+
+def test_an_incumbent_that_hangs_up_again_and_again_is_called_that_however_long_it_took(room: Room) -> None:
+    """And not somebody who holds the lock and does not listen, though all the attempts take longer than one may."""
+    with open(f"{room.control}.lock", "w") as lock, socket.socket(socket.AF_UNIX) as incumbent:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        incumbent.bind(room.control)
+        incumbent.listen()
+        incumbent.settimeout(LIMIT)
+        new = room.echo({"limits": FAST})
+        for _ in range(ATTEMPTS):
+            with incumbent.accept()[0] as sock:
+                select.select([sock], [], [], FAST["greeting"] / 2)
+        assert new.wait() == 1
+        assert "PeerLost" in new.lines[-1] or "hung up" in new.lines[-1]
 
 
 ASK_AS_NOBODY = """

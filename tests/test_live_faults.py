@@ -297,7 +297,7 @@ def test_a_taker_that_stops_while_the_channel_is_full_costs_nothing(room: Room, 
         programs["giver"].wait_for("connections to pid")
         programs["taker"].signal(signal.SIGCONT)
         pids = [talker.pid() for talker in talkers]
-        assert set(pids) == {programs["giver"].pid, programs["taker"].pid}
+        assert set(pids) <= {programs["giver"].pid, programs["taker"].pid}
     finally:
         boundaries.close()
 

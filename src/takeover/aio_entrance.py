@@ -105,6 +105,13 @@ class Entrance(asyncio.Protocol):
         self.transport: Any = None
         self._full = False
         mover.coming.add(self)
+        task = asyncio.current_task() if arrival is None else None
+        if task is not None:
+            task.add_done_callback(self._entered)
+
+    def _entered(self, _task: object) -> None:
+        """The task of asyncio that accepted us has ended, be it that the handshake failed: nothing else would tell."""
+        self.mover.coming.discard(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.mover.coming.discard(self)

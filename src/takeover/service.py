@@ -283,7 +283,8 @@ class Service:
                 attempts += 1
                 if attempts == ATTEMPTS:
                     raise
-                logger.info("the incumbent died before it had handed everything over; trying again")
+                logger.info("the incumbent died, or hung up, before it had handed everything over; trying again")
+                began = time.monotonic()
             finally:
                 if self._lock >= 0:
                     self._control.unlock(self._lock)

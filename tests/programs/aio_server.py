@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import json
 import logging
 import os
@@ -188,6 +189,7 @@ async def serve(wishes: dict[str, Any]) -> None:
     if "versions" in wishes:
         handler.state_version, *handler.readable_state_versions = wishes["versions"]
     if "certificate" in wishes:
+        gc.disable()  # what is over is to be forgotten without its help
         options["ssl"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         options["ssl"].load_cert_chain(*wishes["certificate"])
     begin = aio.start_server if wishes["kind"].endswith("stream") else aio.create_server
