@@ -1,0 +1,117 @@
+"""What the connections of a command are at, seen from outside: asked and not answered yet, or between two requests.
+
+The kernel knows of each TCP connection how much arrived and left, what nobody has read yet, and when the last data went
+which way: sock_diag(7) tells it to anybody, TCP_INFO of tcp(7). Which of them a process has, /proc/PID/fd tells. Of
+connections at UNIX sockets only the unread bytes are known, and they are left out.
+
+Requests and answers are those of include/uapi/linux/{netlink,sock_diag,inet_diag,tcp}.h.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from . import proc
+
+NETLINK_SOCK_DIAG = 4
+SOCK_DIAG_BY_FAMILY = 20
+NLM_F_REQUEST_DUMP = 0x301
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+INET_DIAG_INFO = 2
+TCP_ESTABLISHED = 1
+TCP_CLOSE_WAIT = 8
+_STATES = 1 << TCP_ESTABLISHED | 1 << TCP_CLOSE_WAIT
+_HEADER = struct.Struct("=IHHII")
+_REQUEST = struct.Struct("=BBBBI")
+_IDENTITY = struct.Struct("!HH32s")
+_SHORTEST_INFO = 160
+"""Bytes of struct tcp_info up to tcpi_data_segs_out, Linux 4.6."""
+
+
+class Conversation(NamedTuple):
+    """One TCP connection of a process, of which `descriptor` is its number there.
+
+    unread, unsent: bytes that the process has not read, that the client has not acknowledged. received, sent: segments
+    with data so far. since_received, since_sent: milliseconds, in steps of the kernel's clock (4 ms or less).
+    """
+
+    pid: int
+    descriptor: int
+    inode: int
+    unread: int
+    unsent: int
+    received: int
+    sent: int
+    since_received: int
+    since_sent: int
+
+    @property
+    def awaits_its_first_answer(self) -> bool:
+        """Whether the client has got nothing yet, whether it has asked already or is about to."""
+        return self.sent == 0 or self.unread > 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the last that happened was an answer, and the client has all of it: for sure, not perhaps."""
+        return not self.unread and not self.unsent and 0 < self.sent and self.since_sent < self.since_received
+
+
+def of(pids: Iterable[int], listeners: Sequence[socket.socket]) -> list[Conversation]:
+    """The connections that these processes have accepted from these TCP listeners, as they are at this moment.
+
+    Raises OSError where the kernel does not tell, and Hidden where /proc does not.
+    """
+    holders: dict[int, tuple[int, int]] = {}
+    for pid in pids:
+        for descriptor, link in proc.descriptors(pid).items():
+            inode = proc.inode_of(link)
+            if inode is not None:
+                holders.setdefault(inode, (pid, descriptor))
+    found = []
+    addresses = {(sock.family, sock.getsockname()[1]) for sock in listeners if sock.family in _INTERNET}
+    for family, port in addresses:
+        for inode, unread, unsent, info in _dump(family, port):
+            if inode in holders and len(info) >= _SHORTEST_INFO:
+                since_sent, _, since_received = struct.unpack_from("=III", info, 44)
+                received, sent = struct.unpack_from("=II", info, 152)
+                found.append(Conversation(*holders[inode], inode, unread, unsent, received, sent, since_received, since_sent))
+    return found
+
+
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
+
+
+def _dump(family: int, port: int) -> Iterator[tuple[int, int, int, bytes]]:
+    """Inode, unread and unacknowledged bytes and TCP_INFO of each connection with this local port."""
+    request = _REQUEST.pack(family, socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), 0, _STATES)
+    request += _IDENTITY.pack(port, 0, bytes(32)) + struct.pack("=III", 0, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
+        sock.settimeout(1)
+        sock.send(_HEADER.pack(_HEADER.size + len(request), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST_DUMP, 1, 0) + request)
+        while True:
+            answer = sock.recv(1 << 16)
+            position = 0
+            while position + _HEADER.size <= len(answer):
+                length, kind, *_ = _HEADER.unpack_from(answer, position)
+                if kind == NLMSG_DONE:
+                    return
+                if kind == NLMSG_ERROR:
+                    raise OSError(-struct.unpack_from("=i", answer, position + 16)[0], "sock_diag")
+                yield _one(answer[position + 16 : position + length])
+                position += (length + 3) & ~3
+
+
+def _one(message: bytes) -> tuple[int, int, int, bytes]:
+    """From struct inet_diag_msg and the attributes behind it."""
+    unread, unsent, _, inode = struct.unpack_from("=IIII", message, 56)
+    position, info = 72, b""
+    while position + 4 <= len(message):
+        length, kind = struct.unpack_from("=HH", message, position)
+        if kind == INET_DIAG_INFO:
+            info = message[position + 4 : position + length]
+        position += max(4, (length + 3) & ~3)
+    return inode, unread, unsent, info
