@@ -4,18 +4,16 @@
 
 Runs until its standard input ends, and then prints one line of JSON with what the clients saw:
 
-| key | meaning |
-|---|---|
-| requests | requests that were answered in full, with status 200 |
-| connects | connections that were made |
-| connects_failed | connections that were not, by reason |
-| requests_failed | requests that were sent and not answered in full with status 200, by reason |
-| keep_alives_lost | connections that were closed without notice under a request after their first: not a byte came back |
-| keep_alives_noticed | connections that were closed with notice: `Connection: close`, or an end before a request was sent |
-| websockets_closed | websockets that the server ended, by code (1006: without a close frame) |
-| messages | websocket messages that came back |
-| processes | how many processes answered, by the pid in the body |
-| seconds, slowest_ms | of the whole run; of the slowest request, with its connect |
+requests            requests that were answered in full, with status 200
+connects            connections that were made
+connects_failed     those that were not, by reason
+requests_failed     requests that were sent and not answered in full with status 200, by reason
+keep_alives_lost    connections closed without notice under a request after their first: not a byte came back
+keep_alives_noticed connections closed with notice: `Connection: close`, or an end before a request was sent
+websockets_closed   websockets that the server ended, by code (1006: without a close frame)
+messages            websocket messages that came back
+processes           how many processes answered, by the pid in the body
+seconds, slowest_ms of the whole run; of the slowest request, with its connect
 
 A server may close an idle connection at any moment, also while the next request is on its way to it (RFC 9112, section
 9.5): that client knows that nothing was processed only if it gets no byte back, and sends again. So this is a column of
@@ -177,8 +175,8 @@ class Load:
         self.seen.connects += 1
         return Connection(sock)
 
-    async def exchange(self, connection: Connection, began: float, first: bool) -> bool:
-        """One request and its answer; whether the connection lives on."""
+    async def exchange(self, connection: Connection, began: float, *, first: bool, only: bool = False) -> bool:
+        """One request and its answer; whether the connection lives on. `only`: no other was to follow anyway."""
         try:
             status, body, kept = await asyncio.wait_for(connection.ask(self.request), LIMIT)
         except asyncio.TimeoutError:
@@ -194,7 +192,7 @@ class Load:
             self.seen.requests_failed[f"status {status}"] += 1
             return False
         self.seen.answered(began, body)
-        if not kept:
+        if not kept and not only:
             self.seen.keep_alives_noticed += 1
         return kept
 
@@ -210,7 +208,7 @@ class Load:
                     if not first and connection.ended():
                         self.seen.keep_alives_noticed += 1
                         break
-                    if not await self.exchange(connection, began, first):
+                    if not await self.exchange(connection, began, first=first):
                         break
                     first = False
                     await self.pause()
@@ -222,9 +220,7 @@ class Load:
             connection = await self.connect()
             if connection is not None:
                 with connection.sock:
-                    noticed = self.seen.keep_alives_noticed
-                    await self.exchange(connection, began, True)
-                    self.seen.keep_alives_noticed = noticed
+                    await self.exchange(connection, began, first=True, only=True)
             await self.pause()
 
     async def websocket(self) -> None:
@@ -307,7 +303,9 @@ def main() -> None:
     parser.add_argument("--keep-alive", type=int, default=8, help="clients that keep their connections")
     parser.add_argument("--new", type=int, default=8, help="clients that connect for each request")
     parser.add_argument("--websockets", type=int, default=0, help="clients that talk over a websocket at /ws")
-    parser.add_argument("--pause", type=float, default=5, help="milliseconds between two requests of a client, on average")
+    parser.add_argument(
+        "--pause", type=float, default=5, help="milliseconds between two requests of a client, on average"
+    )
     parser.add_argument("--lines", action="store_true", help="a request is a line, which comes back")
     asyncio.run(Load(parser.parse_args()).run())
 

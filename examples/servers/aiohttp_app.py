@@ -1,6 +1,7 @@
-"""aiohttp on an inherited listener, with a websocket echo at /ws.
+r"""aiohttp on an inherited listener, with a websocket echo at /ws.
 
-    takeover run --listen tcp://127.0.0.1:8000 -- python aiohttp_app.py {fd}
+    takeover run --listen tcp://127.0.0.1:8000 -- \
+        python aiohttp_app.py {fd}
 
 Started again, it is the deploy.
 """

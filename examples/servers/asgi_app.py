@@ -1,15 +1,20 @@
-"""An ASGI application with a websocket echo at /ws, for any ASGI server that takes a listening descriptor.
+r"""An ASGI application with a websocket echo at /ws, for any ASGI server that takes a listening descriptor.
 
 uvicorn:
-    takeover run --listen tcp://127.0.0.1:8000 -- uvicorn asgi_app:app --fd {fd} --timeout-graceful-shutdown 25
+    takeover run --listen tcp://127.0.0.1:8000 -- \
+        uvicorn asgi_app:app --fd {fd} --timeout-graceful-shutdown 25
 hypercorn:
-    takeover run --listen tcp://127.0.0.1:8000 -- hypercorn asgi_app:app --bind fd://{fd} --workers 0 --graceful-timeout 25
+    takeover run --listen tcp://127.0.0.1:8000 -- \
+        hypercorn asgi_app:app --bind fd://{fd} --workers 0 --graceful-timeout 25
 gunicorn with its own ASGI worker:
-    takeover run --listen tcp://127.0.0.1:8000 -- gunicorn asgi_app:app --worker-class asgi --graceful-timeout 25
+    takeover run --listen tcp://127.0.0.1:8000 -- \
+        gunicorn asgi_app:app --worker-class asgi --graceful-timeout 25
 gunicorn with uvicorn-worker:
-    takeover run --listen tcp://127.0.0.1:8000 -- gunicorn asgi_app:app --worker-class uvicorn_worker.UvicornWorker --graceful-timeout 25
+    takeover run --listen tcp://127.0.0.1:8000 -- \
+        gunicorn asgi_app:app --worker-class uvicorn_worker.UvicornWorker --graceful-timeout 25
 daphne:
-    takeover run --listen tcp://127.0.0.1:8000 --drain-first -- daphne --fd {fd} asgi_app:app
+    takeover run --listen tcp://127.0.0.1:8000 --drain-first -- \
+        daphne --fd {fd} asgi_app:app
 
 Started again, each of them is the deploy.
 """

@@ -1,6 +1,7 @@
-"""Django behind gunicorn, the whole site in one file.
+r"""Django behind gunicorn, the whole site in one file.
 
-    takeover run --listen tcp://127.0.0.1:8000 -- gunicorn django_app:app --worker-class gthread --threads 32 --graceful-timeout 25
+    takeover run --listen tcp://127.0.0.1:8000 -- \
+        gunicorn django_app:app --worker-class gthread --threads 32 --graceful-timeout 25
 
 Started again, it is the deploy.
 """
@@ -17,7 +18,7 @@ from django.urls import path
 settings.configure(ALLOWED_HOSTS=["*"], ROOT_URLCONF=__name__, SECRET_KEY="for this example")
 
 
-def which(request: HttpRequest) -> HttpResponse:
+def which(_request: HttpRequest) -> HttpResponse:
     """Says which process it is, so that a deploy can be seen."""
     return HttpResponse(f"{os.getpid()}\n", content_type="text/plain")
 

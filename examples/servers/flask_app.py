@@ -1,6 +1,7 @@
-"""Flask behind gunicorn.
+r"""Flask behind gunicorn.
 
-    takeover run --listen tcp://127.0.0.1:8000 -- gunicorn flask_app:app --worker-class gthread --threads 32 --graceful-timeout 25
+    takeover run --listen tcp://127.0.0.1:8000 -- \
+        gunicorn flask_app:app --worker-class gthread --threads 32 --graceful-timeout 25
 
 Started again, it is the deploy.
 """

@@ -1,6 +1,7 @@
-"""The standard library's http.server with a thread for each connection, on an inherited listener.
+r"""The standard library's http.server with a thread for each connection, on an inherited listener.
 
-    takeover run --listen tcp://127.0.0.1:8000 -- python http_server.py {fd}
+    takeover run --listen tcp://127.0.0.1:8000 -- \
+        python http_server.py {fd}
 
 Started again, it is the deploy.
 """

@@ -1,6 +1,7 @@
-"""The standard library's socketserver with a thread for each connection, on an inherited listener: an echo of lines.
+r"""The standard library's socketserver with a thread for each connection, on an inherited listener: an echo of lines.
 
-    takeover run --listen tcp://127.0.0.1:8000 -- python socketserver_threads.py {fd}
+    takeover run --listen tcp://127.0.0.1:8000 -- \
+        python socketserver_threads.py {fd}
 
 Started again, it is the deploy.
 """

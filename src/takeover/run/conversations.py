@@ -36,7 +36,8 @@ class Conversation(NamedTuple):
     """One TCP connection of a process, of which `descriptor` is its number there.
 
     unread, unsent: bytes that the process has not read, that the client has not acknowledged. received, sent: segments
-    with data so far. since_received, since_sent: milliseconds, in steps of the kernel's clock (4 ms or less).
+    with data so far. The rest are milliseconds since data came, data went, and anything came, an acknowledgement for
+    one, in steps of the kernel's clock (10 ms or less).
     """
 
     pid: int
@@ -48,6 +49,7 @@ class Conversation(NamedTuple):
     sent: int
     since_received: int
     since_sent: int
+    since_heard: int
 
     @property
     def awaits_its_first_answer(self) -> bool:
@@ -55,9 +57,18 @@ class Conversation(NamedTuple):
         return self.sent == 0 or self.unread > 0
 
     @property
+    def may_be_idle(self) -> bool:
+        """Whether the client has all of an answer, and nothing that it sent is unread."""
+        return not self.unread and not self.unsent and self.sent > 0
+
+    @property
     def is_idle(self) -> bool:
-        """Whether the last that happened was an answer, and the client has all of it: for sure, not perhaps."""
-        return not self.unread and not self.unsent and 0 < self.sent and self.since_sent < self.since_received
+        """Whether the last data was an answer, for sure.
+
+        Where request and answer fall into one step of the clock, the acknowledgement of the answer tells: one that
+        comes with the next request is not later than that.
+        """
+        return self.may_be_idle and min(self.since_sent, self.since_heard) < self.since_received
 
 
 def of(pids: Iterable[int], listeners: Sequence[socket.socket]) -> list[Conversation]:
@@ -76,9 +87,10 @@ def of(pids: Iterable[int], listeners: Sequence[socket.socket]) -> list[Conversa
     for family, port in addresses:
         for inode, unread, unsent, info in _dump(family, port):
             if inode in holders and len(info) >= _SHORTEST_INFO:
-                since_sent, _, since_received = struct.unpack_from("=III", info, 44)
-                received, sent = struct.unpack_from("=II", info, 152)
-                found.append(Conversation(*holders[inode], inode, unread, unsent, received, sent, since_received, since_sent))
+                since_sent, _, since_received, since_heard = struct.unpack_from("=IIII", info, 44)
+                segments = struct.unpack_from("=II", info, 152)
+                counted = (unread, unsent, *segments, since_received, since_sent, since_heard)
+                found.append(Conversation(*holders[inode], inode, *counted))
     return found
 
 

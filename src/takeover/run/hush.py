@@ -1,9 +1,9 @@
 """Takes listeners out of the epoll sets of other processes, so that they accept nothing more.
 
-The old command and the new one share the listeners, and either may accept until the old one has been told to stop. Many
-servers drop what they have accepted in their last turn: they close their listener, and each connection on which they have
-not read a request yet. So the old one's listeners are taken out of its epoll sets before it is told. It does not notice,
-and every newcomer goes to the new one.
+The old command and the new one share the listeners, and either may accept until the old one has been told to stop.
+Many servers drop what they have accepted in their last turn: they close their listener, and each connection on which
+they have not read a request yet. So the old one's listeners are taken out of its epoll sets before it is told. It does
+not notice, and every newcomer goes to the new one.
 
 An entry of an epoll set is known by the open file and by the descriptor's number at which it was added (epoll(7), Q6).
 The open file is ours as well, since the listener was handed on. The number has to be the one in the other process, and
@@ -30,7 +30,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..exchange import logger
+from takeover.exchange import logger
+
 from . import proc
 
 CLONE_FILES = 0x400
@@ -77,13 +78,13 @@ def find(pids: Iterable[int], listeners: Sequence[socket.socket]) -> list[Entry]
     return found
 
 
-def hush(pids: Iterable[int], listeners: Sequence[socket.socket]) -> set[int]:
-    """Takes the listeners out of all epoll sets of these processes; gives the pids of those that it succeeded for.
+def hush(pids: Iterable[int], listeners: Sequence[socket.socket]) -> list[Entry]:
+    """Takes the listeners out of all epoll sets of these processes; gives what it has taken out.
 
     The listeners stay the caller's and as they are. Raises nothing: what could not be done is logged for debugging.
     """
     entries = find(pids, listeners)
-    hushed: set[int] = set()
+    hushed: list[Entry] = []
     if not entries:
         return hushed
     collecting = gc.isenabled()
@@ -100,7 +101,7 @@ def hush(pids: Iterable[int], listeners: Sequence[socket.socket]) -> set[int]:
     return hushed
 
 
-def _take_out(entries: list[Entry], hushed: set[int]) -> None:
+def _take_out(entries: list[Entry], hushed: list[Entry]) -> None:
     if _libc.unshare(CLONE_FILES):
         logger.debug("not hushed: unshare CLONE_FILES: %s", os.strerror(ctypes.get_errno()))
         return
@@ -112,18 +113,19 @@ def _take_out(entries: list[Entry], hushed: set[int]) -> None:
         return
     for entry in entries:
         try:
-            own = fcntl.fcntl(_fetch(entry.pid, entry.epoll), fcntl.F_DUPFD_CLOEXEC, above)
+            # The fetched number itself does not matter: it goes with the thread's table.
+            own = fcntl.fcntl(fetch(entry.pid, entry.epoll), fcntl.F_DUPFD_CLOEXEC, above)
             os.dup2(kept[entry.listener], entry.number, inheritable=False)
             with select.epoll.fromfd(own) as epoll:
                 epoll.unregister(entry.number)
-            hushed.add(entry.pid)
+            hushed.append(entry)
         except OSError as error:
             if error.errno != errno.ENOENT:  # ENOENT: it has taken it out itself meanwhile
                 logger.debug("pid %d: not hushed: %s", entry.pid, error)
 
 
-def _fetch(pid: int, descriptor: int) -> int:
-    """A copy of another process's descriptor, at a number that does not matter: it lives in the thread's own table."""
+def fetch(pid: int, descriptor: int) -> int:
+    """A copy of another process's descriptor, the caller's to close; it is close-on-exec. Raises OSError."""
     pidfd = os.pidfd_open(pid)
     fetched = int(_libc.syscall(PIDFD_GETFD, pidfd, descriptor, 0))
     number = ctypes.get_errno()

@@ -101,6 +101,15 @@ def holder_of(pids: Iterable[int], inode: int) -> int | None:
     return None
 
 
+def sleeps_on(pid: int, epoll: int) -> bool:
+    """Whether a thread of this process sleeps in epoll_wait(2) on this descriptor of its own. Raises Hidden."""
+    for thread in proc.threads(pid):
+        call = proc.waiting_call(pid, thread)
+        if call is not None and _CALLS.get(call[0]) == _EPOLL and call[1][0] == epoll:
+            return True
+    return False
+
+
 def _look_into(pid: int, wanted: frozenset[int], seen: Seen) -> None:
     links = proc.descriptors(pid)
     if not links and proc.look_at(pid) is None and proc.is_there(pid):

@@ -1,0 +1,136 @@
+"""What is done to an old command before it gets the stop signal, so that the signal costs no request.
+
+1. Its listeners are taken out of its epoll sets (hush.py): newcomers go to the new command.
+2. It finishes the turn in which it may have accepted for the last time. That is over when its thread sleeps again in
+   epoll_wait() on the set that the listener was in.
+3. Whatever it has accepted becomes a request that it knows of: that is so when the client has got the first bytes of an
+   answer and nothing it sent is unread (conversations.py). A browser connects in advance and asks later or never, so
+   this ends after PATIENCE.
+
+Then every connection is in a state in which servers stop well: in the middle of a request, which they finish, or
+between two, where they may close it. A few servers finish nothing and cut off everything at the stop signal. With
+`drain` one more step is done for them:
+
+4. The signal waits until no connection is left. Those that are idle between two requests are ended from outside:
+   shutdown(SHUT_RD) on a copy of the connection, so that the server reads an end of file, as if the client had left. A
+   request that was on its way meanwhile is read first. For half of the time an answer counts as ended when nothing
+   more of it has come for REST; after that, each moment counts in which the client has all that was sent.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from takeover.exchange import logger
+
+from . import conversations, hush, proc, waiting
+from .events import Events, Timer
+
+PATIENCE = 1.0
+"""Seconds for what has been accepted to become a request, and for a busy server to finish its turn."""
+
+PAUSE = 0.005
+"""Seconds between two looks; more where a look takes long, so that looking takes a fifth of a CPU at most."""
+
+
+REST = 100
+"""Milliseconds without a byte after which an answer is taken for complete, in the first half of the time."""
+
+LONG_REST = 500
+"""The same in the second half, where it is not certain that the last data was an answer."""
+
+
+class Quieting:
+    """Calls on_quiet once, when the signal may be sent; at once where nothing can be done, as without epoll."""
+
+    def __init__(
+        self,
+        events: Events,
+        pids: Callable[[], Iterable[int]],
+        listeners: Sequence[socket.socket],
+        on_quiet: Callable[[], object],
+        *,
+        drain: float = 0.0,
+    ) -> None:
+        """pids: the processes of the old command at this moment. drain: seconds for step 4; 0 leaves it out."""
+        self._events, self._pids, self._listeners, self._on_quiet = events, pids, listeners, on_quiet
+        self._began = time.monotonic()
+        self._drain = drain
+        self._awake: set[tuple[int, int]] = set()
+        self._pids_hushed: set[int] = set()
+        self._timer: Timer | None = None
+        self._served = -1
+        self._ended: set[int] = set()
+        self._hush()
+        if self._pids_hushed:
+            self._look()
+        else:
+            self._timer = events.call_later(0, on_quiet)
+
+    def cancel(self) -> None:
+        """on_quiet is not called any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _hush(self) -> None:
+        """Again and again: a server that had enough connections for a while adds its listener anew."""
+        for entry in hush.hush(self._pids(), self._listeners):
+            self._awake.add((entry.pid, entry.epoll))
+            self._pids_hushed.add(entry.pid)
+
+    def _look(self) -> None:
+        began = time.monotonic()
+        try:
+            if self._is_quiet(began - self._began):
+                took = (time.monotonic() - self._began) * 1000
+                logger.debug("hushed %d processes before the stop signal in %.0f ms", len(self._pids_hushed), took)
+                self._on_quiet()
+                return
+        except (OSError, proc.Hidden) as error:
+            logger.debug("not waiting for what was accepted: %s", error)
+            self._on_quiet()
+            return
+        pause = max(PAUSE, 4 * (time.monotonic() - began))
+        self._timer = self._events.call_later(pause, self._look)
+
+    def _is_quiet(self, waited: float) -> bool:
+        self._hush()
+        if waited < PATIENCE:
+            self._awake = {each for each in self._awake if not waiting.sleeps_on(*each) and proc.is_there(each[0])}
+            if self._awake:
+                return False
+        elif not self._drain:
+            return True
+        left = conversations.of(self._pids_hushed, self._listeners)
+        if not self._drain:
+            return not any(each.awaits_its_first_answer for each in left)
+        if not left or waited > self._drain:
+            if left:
+                logger.info("%d connections are left after %.0f s: the stop signal ends them", len(left), waited)
+            return True
+        late = waited > self._drain / 2
+        for each in left:
+            rest = (0 if late else REST) if each.is_idle else LONG_REST
+            if (
+                each.inode not in self._ended
+                and each.may_be_idle
+                and each.since_sent >= rest
+                and (late or each.is_idle)
+            ):
+                self._end(each)
+        return False
+
+    def _end(self, idle: conversations.Conversation) -> None:
+        fetched = hush.fetch(idle.pid, idle.descriptor)
+        if os.fstat(fetched).st_ino != idle.inode:  # the number is another's by now
+            os.close(fetched)
+            return
+        self._ended.add(idle.inode)
+        with socket.socket(fileno=fetched) as sock:
+            try:
+                sock.shutdown(socket.SHUT_RD)
+            except OSError as error:
+                logger.debug("shutdown of an idle connection of pid %d: %s", idle.pid, error.strerror)
