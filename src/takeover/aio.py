@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .aio_entrance import Entrance, Home, moved
 from .aio_moving import Mover
 from .aio_streams import Connection, Stream, StreamHandler
+from .announcement import tell_start
 from .channel import Account
 from .errors import TakeoverError
 from .listeners import BACKLOG
-from .loop_server import LoopServer, listen_for_streams, tell_start
+from .loop_server import LoopServer, listen_for_streams
 from .service import Service, join
 
 if TYPE_CHECKING:

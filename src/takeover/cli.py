@@ -1,4 +1,4 @@
-"""The command `takeover`. Only this file imports click and rich."""
+"""The command `takeover`. Only the cli files import click and rich."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,74 +18,21 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from . import query
+from . import cli_options, query
 from ._backend import backend
 from ._version import VERSION
 from .channel import in_words
-from .echo import CONTROL, LISTEN
+from .cli_errors import reports_errors, say
+from .cli_run import run
+from .echo import LISTEN
 from .echo import echo as run_echo
-from .errors import TakeoverError
+from .logs import log_to_standard_error
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from .channel import Account
     from .demo import Demo, Tally
-
-CONTROL_OPTION = click.option(
-    "--control",
-    default=CONTROL,
-    show_default=True,
-    envvar="TAKEOVER_CONTROL",
-    show_envvar=True,
-    metavar="PATH",
-    help="The control socket: who starts with the same path takes over.",
-)
-
-
-class OneLine(logging.Formatter):
-    """An event a line, with the time and the pid: the lines of two generations mix on one terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{clock}.{int(record.msecs):03d} {os.getpid()} {record.levelname.lower()}: {record.getMessage()}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
-
-
-def log_to_standard_error(level: int) -> None:
-    """Logs go to standard error; one that is closed or full costs the line, not the service."""
-    logging.raiseExceptions = False
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLine())
-    logger = logging.getLogger("takeover")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
-    logger.propagate = False
-
-
-def say(line: str) -> None:
-    """A last word on standard error, if there is one."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        click.echo(f"takeover: {line}", err=True)
-
-
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """What takeover reports on purpose is one line and an exit status, never a traceback."""
-
-    @wraps(command)
-    def run(*args: Any, **options: Any) -> None:
-        try:
-            command(*args, **options)
-        except TakeoverError as error:
-            say(str(error))
-            sys.exit(error.exit_status)
-        except KeyboardInterrupt:
-            say("interrupted")
-            sys.exit(130)
-        except BrokenPipeError:
-            sys.exit(0)
-
-    return run
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -118,7 +63,7 @@ def main() -> None:
     help="tcp://HOST:PORT, tcp://[::]:PORT or unix:PATH; may be repeated. After a ?: v6only=0 takes IPv4 too, "
     "reuseport=N makes a group of N sockets.",
 )
-@CONTROL_OPTION
+@cli_options.control
 @click.option(
     "--drain-timeout",
     type=click.FloatRange(min=0),
@@ -129,31 +74,11 @@ def main() -> None:
     metavar="S",
     help="Seconds that clients have to leave after a takeover or a stop.",
 )
-@click.option(
-    "--probation",
-    type=click.FloatRange(min=0, max=3600),
-    default=1.0,
-    show_default=True,
-    envvar="TAKEOVER_PROBATION",
-    show_envvar=True,
-    metavar="S",
-    help="Seconds that this process, once it is taken over, stands by to take the service back.",
-)
+@cli_options.probation
 @click.option("--no-live", is_flag=True, help="Let established connections drain instead of moving them.")
-@click.option(
-    "--dry-run", is_flag=True, help="Do all but the commit: the exit status says whether it would have worked."
-)
-@click.option("--strict", is_flag=True, help="Fail unless exactly the incumbent's listeners are adopted.")
-@click.option(
-    "--max-generations",
-    type=click.IntRange(min=1, max=252),
-    default=8,
-    show_default=True,
-    envvar="TAKEOVER_MAX_GENERATIONS",
-    show_envvar=True,
-    metavar="N",
-    help="How many older generations may drain at a time; the next takeover is refused.",
-)
+@cli_options.dry_run
+@cli_options.strict
+@cli_options.max_generations
 @click.option("--verbose", "-v", is_flag=True, help="Log each connection too.")
 @reports_errors
 def echo(listen: tuple[str, ...], no_live: bool, verbose: bool, **options: Any) -> None:
@@ -293,6 +218,20 @@ def moves_in_words(moved: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def command_in_words(command: dict[str, Any]) -> list[tuple[str, str]]:
+    """What runs under `takeover run`, a row for the command and one for each of its processes."""
+    if not command:
+        return []
+    rows = [("command", " ".join(command["words"])), ("ready", command["ready"])]
+    for each in command["processes"]:
+        where = f"pid {each['pid']}" if each["pid"] else "not running"
+        since = each["ready_since"]
+        state = f"ready since {time.strftime('%F %T', time.localtime(since))}" if since else "not ready"
+        last = f", the last one ended with {each['last_exit']}" if each["last_exit"] else ""
+        rows.append(("process", f"{where}, {state}, started again {each['restarts']} times{last}"))
+    return rows
+
+
 def render(report: dict[str, Any]) -> Table:
     """The status as a table for a person."""
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -309,6 +248,8 @@ def render(report: dict[str, Any]) -> Table:
         table.add_row("", f"{elder['connections']:,} drain in pid {elder['pid']} (generation {elder['generation']})")
     for name, text in moves_in_words(report.get("moved") or {}):
         table.add_row(name, text)
+    for name, text in command_in_words(report.get("command") or {}):
+        table.add_row(name, text)
     last = report.get("last_takeover")
     if last:
         phases = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in last["phases"].items())
@@ -319,7 +260,7 @@ def render(report: dict[str, Any]) -> Table:
 
 
 @main.command()
-@CONTROL_OPTION
+@cli_options.control
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.option("--watch", is_flag=True, help="Go on showing it, each second, until interrupted.")
 @reports_errors
@@ -341,8 +282,11 @@ def status(control: str, as_json: bool, watch: bool) -> None:
 
 
 @main.command()
-@CONTROL_OPTION
+@cli_options.control
 @reports_errors
 def stop(control: str) -> None:
     """Stop the service: it accepts no more, drains to its deadline, and ends. Returns when it has ended."""
     click.echo(f"pid {query.stop(control)} has ended")
+
+
+main.add_command(run)

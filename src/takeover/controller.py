@@ -67,6 +67,10 @@ class Server:
         """What has moved, for status; empty where nothing ever does."""
         return {}
 
+    def details(self) -> dict[str, Any]:
+        """What status shows besides, under names of its own."""
+        return {}
+
     def after_fork(self) -> None:
         """In a forked child, where this server does not run: close what only the server needs."""
 
@@ -325,6 +329,7 @@ class Controller(ControlThread):
             "connections": {"open": self.server.connections(), "draining": draining},
             "moved": self.server.moves(),
             "last_takeover": self.last_takeover,
+            **self.server.details(),
         }
 
     def _accept(self, _mask: int) -> None:

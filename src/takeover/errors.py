@@ -31,6 +31,10 @@ class ListenError(LocalError):
     """The kernel refused to bind or listen on an address."""
 
 
+class CommandError(LocalError):
+    """The command of `takeover run` is not there, cannot be executed, ended, or did not get ready."""
+
+
 class ControlPathError(LocalError):
     """The control socket, its lock file or their folder is not fit for use."""
 

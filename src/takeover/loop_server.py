@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from . import listeners
@@ -14,7 +14,7 @@ from .errors import Aborted, ListenError
 from .exchange import logger
 from .giver import Giver
 from .protocol import Limits
-from .service import Report, Service
+from .service import Service
 from .taker import Taker
 
 GUARD = b"\0" * 8 + (1000).to_bytes(8, "little")
@@ -187,28 +187,3 @@ def listen_for_streams(member: Service, url: str) -> list[socket.socket]:
             raise ListenError(f"listen {url}: stream sockets only are served here")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, GUARD)
     return socks
-
-
-def tell_start(report: Report, urls: Sequence[str], kind: str, *, dry_run: bool) -> None:
-    """What the operator reads: which generation this is, on what kind of loop, and what became of the listeners."""
-    where = ", ".join(urls)
-    if dry_run:
-        whom = f"from pid {report.incumbent}" if report.incumbent else "cold: nothing is running here"
-        logger.info("dry run: a takeover of %s would have worked (%s)", where, whom)
-        return
-    if report.generation == 1:
-        logger.info("serving %s (generation 1, %s)", where, kind)
-        return
-    logger.info(
-        "took over %d listener%s from pid %d (generation %d, %s) in %.0f ms",
-        len(report.adopted),
-        "" if len(report.adopted) == 1 else "s",
-        report.incumbent,
-        report.generation,
-        kind,
-        report.milliseconds,
-    )
-    if report.bound:
-        logger.warning("bound anew, not adopted: %s", ", ".join(report.bound))
-    if report.unused:
-        logger.warning("not used by this version, drained by pid %d: %s", report.incumbent, ", ".join(report.unused))

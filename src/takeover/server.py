@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ._backend import backend
 from ._backend import loop as native
+from .announcement import tell_start
 from .channel import Account
 from .errors import Interrupted
 from .exchange import logger
-from .loop_server import LoopServer, listen_for_streams, tell_start
+from .loop_server import LoopServer, listen_for_streams
 from .service import Service, join
 
 if TYPE_CHECKING:

@@ -48,6 +48,7 @@ class Events:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._posted: deque[Callback] = deque()
+        self._children: dict[int, Callable[[int], object]] = {}
         self._stopped = False
         self._woken, self._waker = os.pipe()
         os.set_blocking(self._woken, False)
@@ -68,6 +69,25 @@ class Events:
         timer = Timer(time.monotonic() + seconds, callback)
         heapq.heappush(self._timers, (timer.when, next(self._order), timer))
         return timer
+
+    def watch_child(self, pid: int, callback: Callable[[int], object]) -> None:
+        """Calls back once with the exit status of a child, as os.waitstatus_to_exitcode() gives it: negative for a
+        signal. Whoever starts a child registers it here, and leaves the waiting for it to reap().
+        """
+        self._children[pid] = callback
+
+    def reap(self) -> None:
+        """Takes in every child that has ended, also those that were left behind by others; call it upon SIGCHLD."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            callback = self._children.pop(pid, None)
+            if callback is not None:
+                callback(os.waitstatus_to_exitcode(status))
 
     def post(self, callback: Callback) -> None:
         """Calls back in the loop's thread, soon."""

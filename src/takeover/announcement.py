@@ -1,0 +1,36 @@
+"""The first line that a service logs about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .exchange import logger
+
+if TYPE_CHECKING:
+    from .service import Report
+
+
+def tell_start(report: Report, urls: Sequence[str], kind: str, *, dry_run: bool) -> None:
+    """What the operator reads: which generation this is, on what kind of loop, and what became of the listeners."""
+    where = ", ".join(urls)
+    if dry_run:
+        whom = f"from pid {report.incumbent}" if report.incumbent else "cold: nothing is running here"
+        logger.info("dry run: a takeover of %s would have worked (%s)", where, whom)
+        return
+    if report.generation == 1:
+        logger.info("serving %s (generation 1, %s)", where, kind)
+        return
+    logger.info(
+        "took over %d listener%s from pid %d (generation %d, %s) in %.0f ms",
+        len(report.adopted),
+        "" if len(report.adopted) == 1 else "s",
+        report.incumbent,
+        report.generation,
+        kind,
+        report.milliseconds,
+    )
+    if report.bound:
+        logger.warning("bound anew, not adopted: %s", ", ".join(report.bound))
+    if report.unused:
+        logger.warning("not used by this version, drained by pid %d: %s", report.incumbent, ", ".join(report.unused))

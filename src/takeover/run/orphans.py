@@ -1,0 +1,87 @@
+"""Nobody is left behind: this process is the parent of every orphan among its descendants, and finds them all.
+
+As their subreaper (prctl(2)), or as PID 1 of a container, it inherits what a process of the command leaves behind. To
+which process of the command an orphan belongs is known by its process group, or by the LISTEN_PID that it was started
+with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+
+def parents() -> dict[int, tuple[int, int]]:
+    """The parent and the process group of each process that lives, from proc_pid_stat(5)."""
+    found: dict[int, tuple[int, int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
+                state, parent, group = file.read().rpartition(b")")[2].split()[:3]
+                if state not in (b"Z", b"X"):
+                    found[int(entry)] = (int(parent), int(group))
+    return found
+
+
+def descendants(roots: Iterable[int], known: Mapping[int, tuple[int, int]]) -> list[int]:
+    """The processes below some, without those."""
+    below = defaultdict(list)
+    for pid, (parent, _) in known.items():
+        below[parent].append(pid)
+    found: list[int] = []
+    waiting = list(roots)
+    while waiting:
+        children = below.pop(waiting.pop(), [])
+        found += children
+        waiting += children
+    return found
+
+
+def tree(root: int) -> list[int]:
+    """What lives of one process of the command: itself, its descendants, and the orphans that it has left behind."""
+    known = parents()
+    own = os.getpid()
+    orphans = [
+        pid
+        for pid, (parent, group) in known.items()
+        if parent == own and pid != root and (group == root or _was_given_to(pid) == root)
+    ]
+    roots = [*([root] if root in known else []), *orphans]
+    return [*roots, *descendants(roots, known)]
+
+
+def _was_given_to(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            for word in file.read().split(b"\0"):
+                name, _, value = word.partition(b"=")
+                if name == b"LISTEN_PID" and value.isdigit():
+                    return int(value)
+    except OSError:
+        pass
+    return 0
+
+
+def kill(pids: Iterable[int], signum: int = signal.SIGKILL) -> None:
+    """Sends a signal to each that is still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signum)
+
+
+def end_all(spared: Collection[int] = ()) -> None:
+    """Kills all children of this process, and what they leave behind, but for those to be spared; waits for them."""
+    while True:
+        known = parents()
+        left = descendants([os.getpid()], {pid: of for pid, of in known.items() if pid not in spared})
+        kill(left)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if not left:
+            return
+        time.sleep(0.001)

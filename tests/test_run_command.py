@@ -1,0 +1,214 @@
+"""What a command under `takeover run` is given: descriptors, words, environment; and what is said where it is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+
+import pytest
+
+from clients import eventually
+from processes import Room
+from supervised import deploy, served, supervise, who
+from takeover.errors import CommandError, UsageError
+from takeover.run.command import Listening, check_words, environment_of, executable_of, fill_in
+from takeover.run.options import Options, Wish, parse_listen, parse_signal
+
+
+@pytest.fixture
+def room_python(monkeypatch: pytest.MonkeyPatch) -> object:
+    """A room for tests in which no descriptor passes from process to process, so that the backend does not matter."""
+    with Room("python") as room:
+        yield room
+
+
+def test_options_survive_their_way_through_json() -> None:
+    options = Options(parse_listen(["web=tcp://127.0.0.1:80", "unix:/x"]), ("a", "b"), workers=3, restart=False)
+    assert Options.from_json(options.to_json()) == options
+    assert options.listen == (Wish("web", "tcp://127.0.0.1:80"), Wish("", "unix:/x"))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"listen": 3, "command": []}', '{"listen": [], "command": [], "x": 1}']
+)
+def test_options_that_the_command_line_did_not_write_are_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="takeover run"):
+        Options.from_json(text)
+
+
+def test_a_name_is_what_comes_before_the_url_and_is_given_once() -> None:
+    assert parse_listen(["unix:/tmp/a=b"]) == (Wish("", "unix:/tmp/a=b"),)
+    with pytest.raises(UsageError, match="two listeners are called 'web'"):
+        parse_listen(["web=tcp://127.0.0.1:1", "web=tcp://127.0.0.1:2"])
+
+
+def test_a_stop_signal_is_written_as_kill_takes_it() -> None:
+    assert [parse_signal(text) for text in ("TERM", "SIGINT", "quit", "10")] == [15, 2, 3, 10]
+    with pytest.raises(UsageError, match="no such signal"):
+        parse_signal("STOPPED")
+
+
+def listeners() -> list[Listening]:
+    first, second, third = (socket.socket() for _ in range(3))
+    first.bind(("127.0.0.1", 0))
+    third.close()
+    third = socket.socket(socket.AF_UNIX)
+    return [
+        Listening("", "tcp://127.0.0.1:0", first),
+        Listening("web", "tcp://x", second),
+        Listening("u", "unix:/u", third),
+    ]
+
+
+def test_words_get_the_descriptors_and_where_they_are_bound() -> None:
+    found = listeners()
+    try:
+        port = found[0].sock.getsockname()[1]
+        words = ["s", "--fd", "{fd}", "{fd:web}{fd:u}", "{host}:{port}", "{json}", '{"fd": 1}', "{fd:probe}", "{}"]
+        filled = ["s", "--fd", "3", "45", f"127.0.0.1:{port}", "{json}", '{"fd": 1}', "{fd:probe}", "{}"]
+        assert fill_in(words, found) == filled
+        assert fill_in(["{fd:probe}:{port:probe}"], [*found, Listening("probe", "tcp://p", found[0].sock)]) == [
+            f"6:{port}"
+        ]
+        with pytest.raises(UsageError, match="has no port"):
+            fill_in(["{port:u}"], found)
+        with pytest.raises(UsageError, match="stands for 2 sockets"):
+            fill_in(["{fd:web}"], [*found, found[1]])
+    finally:
+        for each in found:
+            each.sock.close()
+
+
+def test_a_name_that_no_listener_has_is_a_usage_error_before_anything_is_done() -> None:
+    check_words(["{fd:web}", "{port:web}", "{fd:probe}", "{fd}"], ["web"])
+    for word in ("{fd:api}", "x{host:api}y"):
+        with pytest.raises(UsageError, match="no listener is called"):
+            check_words([word], ["web"])
+
+
+def test_the_environment_has_the_names_and_nothing_that_was_meant_for_the_supervisor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("LISTEN_PID", "LISTEN_FDS", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("KEPT", "yes")
+    found = environment_of(["web", ""], {"MORE": "1"})
+    assert found["LISTEN_FDS"] == "2" and found["LISTEN_FDNAMES"] == "web:unknown"
+    assert found["KEPT"] == "yes" and found["MORE"] == "1"
+    assert not {"LISTEN_PID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(found)
+
+
+def test_an_executable_is_searched_on_path_and_what_is_wrong_is_said(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tmp_path)
+    plain = os.path.join(folder, "plain")
+    with open(plain, "w") as file:
+        file.write("x")
+    os.chmod(plain, 0o644)
+    monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
+    assert executable_of("sh") in ("/bin/sh", "/usr/bin/sh")
+    assert executable_of(sys.executable) == sys.executable
+    for word, said in (
+        ("no-such-command", "is in no folder of PATH"),
+        ("plain", "is not executable"),
+        (plain, "chmod"),
+        (folder, "not a file"),
+        (f"{folder}/gone", "not there"),
+        ("", "empty"),
+    ):
+        with pytest.raises(CommandError, match=said):
+            executable_of(word)
+
+
+def test_the_command_gets_its_listeners_from_descriptor_3_on_and_nothing_else(room: Room) -> None:
+    second = f"unix:{room.folder}/second"
+    deploy(room, {}, "{fd}", "{fd:also}", "{port}", listen=[room.url, f"also={second}"])
+    found = who(room)
+    environment = found["environment"]
+    assert environment.pop("LISTEN_PID") == str(found["pid"])
+    assert environment == {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "unknown:also"}
+    assert found["words"] == ["3", "4", str(room.address[1])]
+    held = {link for link in map(os.readlink, (f"/proc/{found['pid']}/fd/{n}" for n in (3, 4))) if "socket" in link}
+    assert len(held) == 2
+    pipes_of_its_own = 2
+    connection, epoll, listing = 1, 1, 1
+    assert len(found["descriptors"]) == 3 + 2 + pipes_of_its_own + connection + epoll + listing
+
+
+def test_the_command_is_the_leader_of_a_process_group_of_its_own(room: Room) -> None:
+    deploy(room)
+    found = who(room)
+    assert found["group"] == found["pid"]
+
+
+def test_a_udp_listener_is_handed_to_the_command_too(room: Room) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((room.address[0], 0))
+        address = sock.getsockname()
+    deploy(room, {}, listen=[room.url, f"dns=udp://{address[0]}:{address[1]}"])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(30)
+        sock.sendto(b"who", address)
+        assert f'"pid": {who(room)["pid"]}'.encode() in sock.recv(65536)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("no-such-command",), "command not found: no-such-command"),
+        (("/etc/passwd",), "/etc/passwd is not executable"),
+        (("/no/such",), "/no/such is not there"),
+    ],
+)
+def test_a_command_that_cannot_run_is_named_and_nothing_is_touched(room: Room, command: tuple[str], said: str) -> None:
+    program = supervise(room, command=command)
+    assert program.wait() == 1
+    assert said in program.text
+    assert room.left_behind() == []
+
+
+def test_a_script_without_an_interpreter_is_explained_and_leaves_nothing(room: Room) -> None:
+    script = os.path.join(room.folder, "script")
+    with open(script, "w") as file:
+        file.write("#!/no/such/interpreter\n")
+    os.chmod(script, 0o755)
+    program = supervise(room, command=[script])
+    assert program.wait() == 1
+    assert "its interpreter" in program.text.splitlines()[-1]
+    assert room.left_behind() == ["script"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--listen", "a=tcp://127.0.0.1:1", "--listen", "a=tcp://127.0.0.1:2", "--", "x"), "two listeners are called"),
+        (("--listen", "tcp://127.0.0.1:1", "--", "x", "{fd:api}"), "no listener is called 'api'"),
+        (("--listen", "nonsense", "--", "x"), "is not an address"),
+        (("--listen", "tcp://127.0.0.1:1", "--ready", "soon", "--", "x"), "--ready"),
+        (("--listen", "tcp://127.0.0.1:1", "--stop-signal", "FOO", "--", "x"), "no such signal"),
+        (("--listen", "tcp://127.0.0.1:1"), "COMMAND"),
+    ],
+)
+def test_wrong_usage_ends_with_status_2_and_a_line_that_says_what(
+    room_python: Room, arguments: tuple[str, ...], said: str
+) -> None:
+    program = room_python.cli("run", *arguments)
+    assert program.wait() == 2
+    assert said in program.text
+    assert room_python.left_behind() == []
+
+
+def test_the_command_line_becomes_the_supervisor_with_the_same_pid_and_without_click(room: Room) -> None:
+    program = room.cli(
+        "run", "--listen", room.url, "--control", room.control, "--ready", "delay:0.1", "--", *served({}, "{fd}")
+    )
+    room.wait_for_owner(program)
+    with open(f"/proc/{program.pid}/maps") as file:
+        assert "/click/" not in file.read()
+    assert who(room)["words"] == ["3"]
+    program.signal(signal.SIGTERM)
+    assert program.wait() == 0
+    eventually(lambda: room.left_behind() == [], "nothing is left behind")
