@@ -19,6 +19,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in its background so, and every process of the tests would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# With it a process of the tests would write a line's text and its end apart, and a log line may come in between.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 
 def _backend_is_built() -> bool:
     try:
