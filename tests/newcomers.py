@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from clients import LIMIT
 from processes import PROGRAMS
 from takeover.run.events import Events
+from takeover.run.output import Relay
 from takeover.run.readiness import Check, parse
 
 NEWCOMER = str(PROGRAMS / "newcomer.py")
@@ -51,7 +53,13 @@ def udp() -> Listening:
     return Listening("", f"udp://127.0.0.1:{sock.getsockname()[1]}", sock)
 
 
-def spawn(words: Sequence[str], listeners: Sequence[Listening], more: Sequence[int] = (), **environment: str) -> int:
+def spawn(
+    words: Sequence[str],
+    listeners: Sequence[Listening],
+    more: Sequence[int] = (),
+    outputs: tuple[int, int] | None = None,
+    **environment: str,
+) -> int:
     """Starts a process that has the listeners, and more descriptors, from 3 on; returns its pid."""
     given = [*(each.sock.fileno() for each in listeners), *more]
     high = [os.dup(each) for each in given]
@@ -67,6 +75,8 @@ def spawn(words: Sequence[str], listeners: Sequence[Listening], more: Sequence[i
         return pid
     try:
         os.setpgid(0, 0)
+        for number, each in enumerate(outputs or (), 1):
+            os.dup2(each, number)
         for number, each in enumerate(high):
             os.dup2(each, 3 + number)
         os.closerange(3 + len(given), 256)
@@ -88,6 +98,8 @@ class Trial:
         self.words = words
         self.pid = 0
         self.exited: int | None = None
+        self.output = b""
+        self.relay: Relay | None = None
 
     def _ready(self, proof: str) -> None:
         assert not self.proof and not self.failure
@@ -99,8 +111,19 @@ class Trial:
 
     def start(self) -> None:
         more = [descriptor for _, descriptor in self.check.descriptors]
-        self.pid = spawn(self.words, self.listeners, more, **self.check.environment)
+        words = self.words
+        if self.check.probe is not None:
+            values = {"fd": str(3 + len(self.listeners)), "port": str(self.check.probe[2].getsockname()[1])}
+            words = [re.sub(r"\{(fd|port):probe\}", lambda found: values[found[1]], word) for word in words]
+        ends = self.relay.ends if self.relay is not None else None
+        self.pid = spawn(words, self.listeners, more, ends, **self.check.environment)
+        self.events.watch_child(self.pid, self._ended)
+        if self.relay is not None:
+            self.relay.started()
         self.check.started(self.pid)
+
+    def _ended(self, status: int) -> None:
+        self.exited = status
 
     def run(self, seconds: float = LIMIT) -> str:
         """Runs the loop until the check has said something, or the process has ended, or the time is over."""
@@ -110,9 +133,7 @@ class Trial:
         return self.proof
 
     def has_ended(self) -> bool:
-        if self.exited is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.exited = status if pid else None
+        self.events.reap()
         return self.exited is not None
 
     def end(self) -> None:
@@ -121,8 +142,8 @@ class Trial:
         if self.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
-            if self.exited is None:
-                os.waitpid(self.pid, 0)
+            while not self.has_ended():
+                time.sleep(0.001)
 
 
 class Trials:

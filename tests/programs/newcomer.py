@@ -112,7 +112,6 @@ def register_and_hang() -> None:
 
 
 def hang() -> None:
-    print("hangs", flush=True)
     while True:
         signal.pause()
 
@@ -159,5 +158,57 @@ def say_only_a_status() -> None:
     hang()
 
 
+def serve_http(status: str = "200", body: str = "fine") -> None:
+    """Answers each request with a status, "hang" with none at all; "close" closes."""
+    for listener in LISTENERS:
+        listener.setblocking(True)
+        threading.Thread(
+            target=lambda listener=listener: [answer(listener, status, body) for _ in iter(int, 1)]
+        ).start()
+
+
+def answer(listener: socket.socket, status: str, body: str) -> None:
+    sock = listener.accept()[0]
+    request = sock.recv(4096)
+    if request and status.isdigit():
+        sock.send(f"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 {status} Anything\r\n\r\n{body}".encode())
+    elif status == "tls":
+        sock.send(b"\x15\x03\x01\x00\x02\x02\x0a")
+    elif status == "noise":
+        sock.send(b"220 mail.example.org ESMTP\r\n")
+    if status == "hang":
+        KEPT.append(sock)
+    else:
+        sock.close()
+
+
+def write_lines() -> None:
+    print("INFO  loading", flush=True)
+    sys.stdout.write("\x1b[32mINFO\x1b[0m  Run")
+    sys.stdout.flush()
+    time.sleep(0.05)
+    print("ning on http://127.0.0.1:8000", flush=True)
+    hang()
+
+
+def write_much(megabytes: str) -> None:
+    block = bytes(range(256)) * 4096
+    for _ in range(int(megabytes)):
+        sys.stdout.buffer.write(block)
+    sys.stdout.buffer.flush()
+
+
+def describe_terminal() -> None:
+    """Says whether its outputs are terminals, and their size; again for each SIGWINCH."""
+
+    def describe(*_: object) -> None:
+        size = tuple(os.get_terminal_size(1)) if os.isatty(1) else ()
+        print(f"terminal {os.isatty(1)} {os.isatty(2)} {size}", flush=True)
+
+    signal.signal(signal.SIGWINCH, describe)
+    describe()
+    hang()
+
+
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    globals()[sys.argv[1]](*sys.argv[2:])

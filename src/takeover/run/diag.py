@@ -14,9 +14,14 @@ import struct
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
 NLM_F_REQUEST = 1
+NLM_F_DUMP = 0x300
 NLMSG_ERROR = 2
+NLMSG_DONE = 3
+UDIAG_SHOW_NAME = 1
 UDIAG_SHOW_PEER = 4
+UNIX_DIAG_NAME = 0
 UNIX_DIAG_PEER = 2
+TCP_LISTEN = 10
 _ANY_STATE = 0xFFFFFFFF
 _ANY_COOKIE = (0xFFFFFFFF, 0xFFFFFFFF)
 
@@ -90,10 +95,58 @@ def _unix_peer(inode: int) -> int:
         answer = _ask(request)
     except OSError as error:
         raise Unknown(f"sock_diag: {error.strerror}") from None
-    position = 16
+    peer = _attributes(answer, 16).get(UNIX_DIAG_PEER)
+    if peer is not None:
+        return int(struct.unpack("=I", peer)[0])
+    raise Unknown("the connection has ended")
+
+
+def _attributes(answer: bytes, position: int) -> dict[int, bytes]:
+    """The attributes behind the fixed part of an answer: length and type of 16 bits each, padded to four bytes."""
+    found: dict[int, bytes] = {}
     while position + 4 <= len(answer):
         length, kind = struct.unpack_from("=HH", answer, position)
-        if kind == UNIX_DIAG_PEER:
-            return int(struct.unpack_from("=I", answer, position + 4)[0])
+        found[kind] = answer[position + 4 : position + length]
         position += max(4, (length + 3) & ~3)
-    raise Unknown("the connection has ended")
+    return found
+
+
+def all_listeners() -> list[tuple[str, int]]:
+    """The URL and the inode of every stream listener in this network namespace; none if the kernel does not tell.
+
+    Only listeners are asked for: /proc/net/tcp would take seconds on a machine with many connections.
+    """
+    found: list[tuple[str, int]] = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        request = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, 1 << TCP_LISTEN) + bytes(48)
+        for answer in _dump(request):
+            port = struct.unpack_from("!H", answer, 4)[0]
+            host = socket.inet_ntop(family, answer[8 : 8 + (16 if family == socket.AF_INET6 else 4)])
+            inode = struct.unpack_from("=I", answer, 68)[0]
+            found.append((f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}", inode))
+    request = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, 1 << TCP_LISTEN, 0, UDIAG_SHOW_NAME, *_ANY_COOKIE)
+    for answer in _dump(request):
+        name = _attributes(answer, 16).get(UNIX_DIAG_NAME, b"")
+        shown = os.fsdecode(name[:1].replace(b"\0", b"@") + name[1:].rstrip(b"\0"))
+        found.append((f"unix:{shown}", struct.unpack_from("=I", answer, 4)[0]))
+    return found
+
+
+def _dump(request: bytes) -> list[bytes]:
+    """The bodies of all answers; none where the kernel refuses."""
+    message = struct.pack("=IHHII", 16 + len(request), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 1, 0) + request
+    found: list[bytes] = []
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
+            sock.setblocking(False)
+            sock.send(message)
+            while data := sock.recv(65536):
+                while len(data) >= 16:
+                    length, kind = struct.unpack_from("=IH", data)
+                    if kind in (NLMSG_DONE, NLMSG_ERROR):
+                        return found
+                    found.append(data[16:length])
+                    data = data[(length + 3) & ~3 :]
+    except OSError:
+        pass
+    return found

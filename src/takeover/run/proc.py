@@ -21,7 +21,8 @@ class Hidden(Exception):
 class Process(NamedTuple):
     """One line of /proc/PID/stat.
 
-    group: its process group. started: in clock ticks since the machine came up; unique together with the pid.
+    group: its process group. ticks: of CPU that it has used, sysconf(SC_CLK_TCK) a second. started: in those ticks
+    since the machine came up; unique together with the pid.
     """
 
     pid: int
@@ -29,6 +30,7 @@ class Process(NamedTuple):
     state: str
     parent: int
     group: int
+    ticks: int
     started: int
 
     @property
@@ -45,7 +47,8 @@ def look_at(pid: int) -> Process | None:
         return None
     head, _, tail = line.rpartition(")")
     fields = tail.split()
-    return Process(pid, head.partition("(")[2], fields[0], int(fields[1]), int(fields[2]), int(fields[19]))
+    parent, group, user, system, started = (int(fields[place]) for place in (1, 2, 11, 12, 19))
+    return Process(pid, head.partition("(")[2], fields[0], parent, group, user + system, started)
 
 
 def is_there(pid: int) -> bool:
@@ -109,6 +112,24 @@ def inode_of(link: str) -> int | None:
     """The inode of a socket, from what a descriptor refers to."""
     match = _SOCKET.fullmatch(link)
     return int(match[1]) if match else None
+
+
+def words(pid: int) -> list[str]:
+    """The command line of a process; empty if it cannot be read."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
+    except OSError:
+        return []
+
+
+def asleep_in(pid: int) -> str:
+    """The function of the kernel in which a process's first thread sleeps; empty if it runs or that is not told."""
+    try:
+        with open(f"/proc/{pid}/wchan", "rb") as file:
+            return file.read().decode(errors="replace").strip("0\0\n")
+    except OSError:
+        return ""
 
 
 def environment(pid: int) -> dict[str, str]:

@@ -1,25 +1,28 @@
-"""When a command that was started counts as ready: the ways to tell, and the check of one started process.
+"""Whether a command that was started is ready: the check of one started process, and why it is not.
 
-docs/readiness.md says what each way proves.
+docs/readiness.md says what each way (ways.py) proves.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import re
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from takeover.errors import UsageError
-
+from . import diagnosis
 from .acceptance import Acceptance
+from .asking import Asking
 from .events import Events, Timer
+from .lines import Lines
 from .notices import Notices
 from .probes import Endpoint, endpoint
 from .proc import Tree
+from .trying import Trying
+from .ways import Way, parse, wanted_of_probe
+
+__all__ = ["PROBE", "Check", "Listener", "Way", "parse", "wanted_of_probe"]
 
 PROBE = "probe"
 """The name of the private listener, `{fd:probe}` and `{port:probe}` in the words of a command."""
@@ -27,10 +30,8 @@ PROBE = "probe"
 SOONEST, LATEST = 0.005, 0.1
 """Seconds between two looks at a command: a tenth of the time that it has taken so far, within these bounds."""
 
-_WAYS = (
-    "auto, notify, tcp, http:PATH, http:PATH=STATUS, exec:COMMAND, delay:SECONDS or line:REGEX (a regular expression)"
-)
-_WORD = re.compile(r"\{(fd|port|host):probe\}")
+RARELY = 1.0
+"""Seconds between two requests or commands that ask it, at most; else as between two looks."""
 
 
 class Listener(Protocol):
@@ -41,65 +42,6 @@ class Listener(Protocol):
 
     @property
     def sock(self) -> socket.socket: ...
-
-
-class Way(NamedTuple):
-    """How a command shows that it is ready.
-
-    kind: "auto", "notify", "tcp", "http", "exec", "delay" or "line". argument: the path, command, or expression.
-    status: what an HTTP answer must have; 0 for any from 200 to 399. seconds: of a delay.
-    """
-
-    kind: str
-    argument: str = ""
-    status: int = 0
-    seconds: float = 0.0
-
-    @property
-    def reads_output(self) -> bool:
-        """Whether check.output() must be given what the process writes."""
-        return self.kind == "line"
-
-
-def parse(how: str) -> Way:
-    """What --ready says. Raises UsageError."""
-    kind, colon, argument = how.partition(":")
-    if kind in ("auto", "notify", "tcp") and not colon:
-        return Way(kind)
-    if kind == "http" and argument.startswith("/"):
-        return _parse_http(how, argument)
-    if kind == "exec" and argument.strip():
-        return Way(kind, argument)
-    if kind == "delay":
-        with contextlib.suppress(ValueError):
-            seconds = float(argument)
-            if math.isfinite(seconds) and seconds >= 0:
-                return Way(kind, argument, seconds=seconds)
-        raise UsageError(f"--ready {how}: after delay: comes a number of seconds, 0 or more")
-    if kind == "line" and argument:
-        try:
-            re.compile(argument.encode())
-        except re.error as error:
-            raise UsageError(f"--ready {how}: not a regular expression: {error}") from None
-        return Way(kind, argument)
-    raise UsageError(f"--ready {how}: write {_WAYS}")
-
-
-def _parse_http(how: str, argument: str) -> Way:
-    path, equals, status = argument.rpartition("=")
-    if not equals or ("?" in path and not re.fullmatch(r"\d{3}", status)):
-        path, status = argument, ""  # the = belongs to a query
-    if re.search(r"[^!-~]", path):
-        raise UsageError(f"--ready {how}: a path has no spaces and only ASCII; encode others as %XX (RFC 3986)")
-    if status and not re.fullmatch(r"[1-5]\d\d", status):
-        raise UsageError(f"--ready {how}: after = comes a status from 100 to 599")
-    return Way("http", path, int(status or 0))
-
-
-def wanted_of_probe(words: Sequence[str]) -> str:
-    """What the words of a command ask of the private probe listener: "fd", "port" (it binds that itself) or nothing."""
-    found = {match[1] for word in words for match in _WORD.finditer(word)}
-    return "fd" if "fd" in found else "port" if found else ""
 
 
 class Check:
@@ -120,8 +62,8 @@ class Check:
     ) -> None:
         """on_ready: called once, with the proof in words. on_failed: called once, instead, when it can never be ready.
 
-        words: of the command, before anything is replaced in them. If they ask for a probe listener, `probe` is the
-        URL, the name and the socket, to be replaced as those of the other listeners are.
+        words: of the command, before anything is replaced in them. If they ask for a probe listener, `probe` is its
+        name, URL and socket, to be replaced as those of the other listeners are.
         Raises OSError if a socket cannot be made.
         """
         self.environment: dict[str, str] = {}
@@ -132,19 +74,27 @@ class Check:
         self._on_ready = on_ready
         self._on_failed = on_failed
         self._listeners = list(listeners)
+        self._given = [os.fstat(each.sock.fileno()).st_ino for each in listeners]
         self._tree: Tree | None = None
         self._timer: Timer | None = None
         self._since = 0.0
         self._announced = 0
+        self._told = ""
         self._over = False
-        self._notices: Notices | None = None
         self._acceptance: Acceptance | None = None
+        self._asking: Asking | Trying | None = None
+        self._lines = Lines(way.argument) if way.reads_output else None
         self._probe: socket.socket | None = None
         self._probe_wanted = wanted_of_probe(words)
         if self._probe_wanted:
             self._bind_probe()
+        self._notices: Notices | None = None
         if way.kind in ("auto", "notify"):
-            self._notices = Notices(events, self._announce)
+            try:
+                self._notices = Notices(events, self._announce)
+            except BaseException:
+                self._release_probe()
+                raise
             self.environment["NOTIFY_SOCKET"] = self._notices.address
 
     @property
@@ -168,20 +118,41 @@ class Check:
         kind = self._way.kind
         if kind == "delay":
             self._timer = self._events.call_later(self._way.seconds, self._has_lived)
-        elif kind in ("auto", "tcp"):
-            self._acceptance = Acceptance(endpoints, strict=kind == "tcp")
+        elif kind in ("auto", "tcp", "http", "exec"):
+            if not endpoints:
+                self._told = f"--ready {kind} needs a listener to probe, and it was given none"
+                return
+            self._acceptance = Acceptance(endpoints, strict=kind in ("tcp", "http"))
             self._timer = self._events.call_later(SOONEST, self._look)
 
     def output(self, data: bytes) -> None:
         """What the process has written."""
+        if self._lines is not None and not self._over:
+            line = self._lines.search(data)
+            if line is not None:
+                self._succeed(f"it wrote: {diagnosis.printable(line)[:200]}")
 
     def why_not(self) -> str:
-        """One line on what was seen, for a process that has died or has used up its time."""
+        """One line on what was seen, for a process that has died or has used up its time; empty if that was nothing."""
+        told = [self._told]
+        if self._tree is not None:
+            told.insert(0, diagnosis.why_not(self._tree, self._acceptance, self._given))
         if self._notices is not None:
             self._notices.read()
-            if self._notices.refused:
-                return self._notices.refused
-        return "it has not shown that it is ready"
+            if self._announced:
+                told.append(f"READY=1 came from pid {self._announced}; --ready notify would go by that alone")
+            elif self._notices.refused:
+                told.append(self._notices.refused)
+            elif self._way.kind == "notify":
+                told.append("it has not sent READY=1 to NOTIFY_SOCKET")
+            if self.status:
+                told.append(f"its last STATUS: {self.status}")
+        if self._lines is not None:
+            last = diagnosis.printable(self._lines.last)[:200]
+            told.append(f"no line of it matches {self._way.argument!r}; the last one: {last or 'there was none'}")
+        if self._way.kind == "delay":
+            told.append(f"it was to live for {self._way.argument} s first")
+        return "; ".join(filter(None, told))
 
     def close(self) -> None:
         """Frees everything; harmless a second time, and at any moment."""
@@ -198,6 +169,7 @@ class Check:
             if self._probe_wanted == "fd":
                 self._probe.listen(16)
                 self.descriptors.append((PROBE, self._probe.fileno()))
+                self._given.append(os.fstat(self._probe.fileno()).st_ino)
         except BaseException:
             self._probe.close()
             raise
@@ -218,16 +190,17 @@ class Check:
         if self._probe is not None:
             where = endpoint(self._probe_url(self._probe), self._probe, private=True)
             return [where if self._probe_wanted == "fd" else where._replace(inode=0)]
-        strict = self._way.kind not in ("auto", "exec")
         found = [endpoint(each.url, each.sock) for each in self._listeners]
-        return [where for where in found if where.type == socket.SOCK_STREAM or not strict]
+        if self._way.kind in ("tcp", "http"):
+            found = [where for where in found if where.type == socket.SOCK_STREAM]
+        return found[:1] if self._way.kind == "http" else found
 
     def _announce(self, pid: int) -> None:
         """READY=1 has come from a process of the command."""
         self._announced = pid
         if self._way.kind == "notify":
             self._succeed(f"READY=1 from pid {pid}")
-        elif not self._over:
+        elif not self._over and self._acceptance is not None:
             self._look()
 
     def _look(self) -> None:
@@ -235,16 +208,65 @@ class Check:
         proof = self._acceptance.look(self._tree)
         if not proof and self._announced and self._acceptance.hidden:
             proof = f"READY=1 from pid {self._announced}"
-        if proof:
-            self._succeed(proof)
-        else:
+        if self._acceptance.seen is not None and diagnosis.is_granian(self._acceptance.seen.processes):
+            self._fail(diagnosis.GRANIAN)
+        elif not proof:
             self._look_again()
+        elif self._way.kind == "http":
+            self._ask(proof)
+        elif self._way.kind == "exec":
+            self._try(proof)
+        else:
+            self._succeed(proof)
 
-    def _look_again(self) -> None:
+    def _look_again(self, latest: float = LATEST) -> None:
         if self._timer is not None:
             self._timer.cancel()
         passed = time.monotonic() - self._since
-        self._timer = self._events.call_later(min(max(passed / 10, SOONEST), LATEST), self._look)
+        self._timer = self._events.call_later(min(max(passed / 10, SOONEST), latest), self._look)
+
+    def _ask(self, proof: str) -> None:
+        assert self._acceptance is not None
+        where = self._acceptance.targets[0].where
+        probe = self._acceptance.take()
+        if probe is None:
+            self._look_again()
+            return
+
+        def answered(status: int, problem: str) -> None:
+            asked = f"GET {self._way.argument}"
+            wanted = f"{self._way.status}" if self._way.status else "200 to 399"
+            if status and (status == self._way.status or (not self._way.status and 200 <= status < 400)):
+                self._succeed(f"{proof}, and answered {asked} with {status}")
+                return
+            self._told = f"{asked}: {problem}" if problem else f"{asked} was answered with {status}, not {wanted}"
+            self._look_again(RARELY)
+
+        self._asking = Asking(self._events, probe.sock, where, self._way.argument, answered)
+
+    def _try(self, proof: str) -> None:
+        def ended(status: int, last: str) -> None:
+            if not status:
+                self._succeed(f"{proof}; exec ended with exit status 0")
+                return
+            how = f"exit status {status}" if status > 0 else f"signal {-status}"
+            self._told = f"exec:{self._way.argument} ended with {how}" + (
+                f": {diagnosis.printable(last)[:200]}" * bool(last)
+            )
+            self._look_again(RARELY)
+
+        try:
+            self._asking = Trying(self._events, self._way.argument, self._address_for_command(), ended)
+        except OSError as error:
+            self._fail(f"start /bin/sh for --ready exec: {error.strerror}")
+
+    def _address_for_command(self) -> dict[str, str]:
+        assert self._acceptance is not None and self._tree is not None
+        where = self._acceptance.targets[0].where
+        given = {"TAKEOVER_URL": where.url, "TAKEOVER_PID": str(self._tree.root)}
+        if where.family == socket.AF_UNIX:
+            return {**given, "TAKEOVER_PATH": str(where.address)}
+        return {**given, "TAKEOVER_HOST": str(where.address[0]), "TAKEOVER_PORT": str(where.address[1])}
 
     def _has_lived(self) -> None:
         self._succeed(f"alive for {self._way.argument} s, nothing else was looked at")
@@ -264,6 +286,8 @@ class Check:
         self._over = True
         if self._timer is not None:
             self._timer.cancel()
+        if self._asking is not None:
+            self._asking.close()
         if self._acceptance is not None:
             self._acceptance.close()
         self._release_probe()

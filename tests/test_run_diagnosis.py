@@ -1,0 +1,116 @@
+"""Why a new command is not ready: one plain line for each way to go wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from clients import eventually
+from newcomers import Trial, Trials, tcp, trials
+from takeover.run import diagnosis, proc
+
+PR_SET_CHILD_SUBREAPER = 36
+"""include/uapi/linux/prctl.h"""
+
+
+@pytest.fixture
+def stage() -> Iterator[Trials]:
+    with trials() as made:
+        yield made
+
+
+def _tells(trial: Trial, *texts: str) -> None:
+    """The diagnosis has all of these in one line, sooner or later."""
+    eventually(
+        lambda: trial.run(0.05) or all(text in trial.check.why_not() for text in texts),
+        f"{texts} in the reason, which is {trial.check.why_not()!r}",
+    )
+    assert "\n" not in trial.check.why_not()
+
+
+def test_a_port_of_its_own_is_named(stage: Trials) -> None:
+    listening = stage.listen(tcp())
+    trial = stage.newcomer("auto", [listening], "listen_on_its_own_port")
+    _tells(trial, "it listens on tcp://127.0.0.1:", f"and not on the descriptor of {listening.url}", "--fd {fd}")
+
+
+def test_descriptors_that_nobody_waits_on_are_told_with_what_is_done_instead(stage: Trials) -> None:
+    listening = stage.listen(tcp())
+    trial = stage.newcomer("auto", [listening], "hang")
+    _tells(trial, f"it has {listening.url} open but never waits on it", f"pid {trial.pid} (python", "sleeps", "of CPU")
+
+
+def test_an_epoll_set_on_which_nobody_waits_is_told(stage: Trials) -> None:
+    _tells(stage.newcomer("auto", [stage.listen(tcp())], "register_and_hang"), "in its epoll set but does not come to")
+
+
+def test_closed_descriptors_are_told(stage: Trials) -> None:
+    _tells(stage.newcomer("auto", [stage.listen(tcp())], "close_them_and_hang"), "it has closed the descriptor of tcp:")
+
+
+def test_what_forked_away_is_told_with_its_pid(stage: Trials) -> None:
+    prctl = ctypes.CDLL(None).prctl
+    assert prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    try:
+        trial = stage.newcomer("notify", [stage.listen(tcp())], "fork_away")
+        eventually(trial.has_ended, "it has ended")
+        told = trial.check.why_not()
+        assert "went on in the background with the listeners" in told
+        os.kill(int(told.partition("pid ")[2].split()[0]), signal.SIGKILL)
+        eventually(lambda: trial.has_ended() and trial.check._tree.members() == [], "what went away has ended")
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def test_the_last_status_and_a_ready_that_was_no_proof_are_told(stage: Trials) -> None:
+    _tells(stage.newcomer("notify", [], "say_only_a_status"), "not sent READY=1", "its last STATUS: loading 7 of 9")
+    _tells(
+        stage.newcomer("auto", [stage.listen(tcp())], "say_ready_and_hang"), "READY=1 came from pid", "--ready notify"
+    )
+
+
+def test_what_has_died_needs_no_more_than_its_exit_status(stage: Trials) -> None:
+    trial = stage.newcomer("auto", [stage.listen(tcp())], "crash")
+    trial.run()
+    assert trial.exited == 1 and trial.check.why_not() == ""
+
+
+@pytest.mark.parametrize("words", [["granian"], ["-m", "granian"]])
+def test_granian_is_known_by_its_name_and_what_works_instead_is_told(
+    stage: Trials, tmp_path: pathlib.Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "granian.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "granian").write_text(f"#!{sys.executable}\nimport time; time.sleep(60)")
+    (tmp_path / "granian").chmod(0o700)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = [str(tmp_path / "granian")] if words == ["granian"] else [sys.executable, *words]
+    trial = stage.start("auto", [stage.listen(tcp())], *command)
+    assert trial.run() == "" and trial.failure == diagnosis.GRANIAN
+
+
+def test_a_file_that_only_has_granian_in_its_name_is_not_granian(stage: Trials) -> None:
+    trial = stage.start("delay:0", [], sys.executable, "-c", "import time; time.sleep(60)", "granian-settings")
+    assert not diagnosis.is_granian([trial.pid])
+
+
+def test_what_cannot_be_looked_into_is_said_and_a_probe_that_somebody_accepts_must_do(
+    stage: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("takeover.run.acceptance.UNSEEN", 0.5)
+
+    def hidden(pid: int) -> dict[int, str]:
+        raise proc.Hidden(f"pid {pid}: Permission denied")
+
+    monkeypatch.setattr(proc, "descriptors", hidden)
+    listeners = [stage.listen(tcp())]
+    assert "by whom is not to be seen (pid " in stage.newcomer("auto", listeners, "wait_in_epoll").run()
+    announced = stage.newcomer("auto", [stage.listen(tcp())], "say_ready_and_hang")
+    assert announced.run() == f"READY=1 from pid {announced.pid}"
+    silent = stage.newcomer("auto", [stage.listen(tcp())], "hang")
+    assert silent.run(1) == "" and "is not to be seen from here (pid " in silent.check.why_not()
