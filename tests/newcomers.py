@@ -140,8 +140,9 @@ class Trial:
         """Kills what is left of the process group that the command leads."""
         self.check.close()
         if self.pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # the group is there only when the child has made it
+                with contextlib.suppress(ProcessLookupError):
+                    kill(self.pid, signal.SIGKILL)
             while not self.has_ended():
                 time.sleep(0.001)
 

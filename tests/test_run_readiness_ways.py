@@ -20,7 +20,7 @@ import pytest
 from clients import LIMIT, eventually
 from newcomers import NEWCOMER, Trial, Trials, tcp, trials, unix
 from takeover.run.lines import Lines
-from takeover.run.output import Relay
+from takeover.run.output import Relay, finish
 
 
 @pytest.fixture
@@ -174,9 +174,7 @@ def test_output_passes_through_untouched_however_much_it_is(stage: Trials) -> No
     thread = threading.Thread(target=read)
     thread.start()
     assert trial.run()
-    assert trial.relay is not None
-    trial.relay.calm()
-    trial.relay.drain(LIMIT)
+    finish(LIMIT)
     os.close(writing)
     thread.join(LIMIT)
     os.close(reading)
@@ -206,7 +204,7 @@ def test_a_terminal_stays_a_terminal_and_has_its_size(stage: Trials) -> None:
     os.kill(trial.pid, signal.SIGWINCH)
     assert _read_line(master) == b"terminal True True (90, 40)\r\n"
     trial.end()
-    trial.relay.drain(LIMIT)
+    finish(LIMIT)
     os.close(master)
     os.close(slave)
 
@@ -218,8 +216,7 @@ def test_two_outputs_stay_two(stage: Trials) -> None:
     assert trial.run() == "it wrote: terminal False True ()"
     assert _read_line(reading) == b"terminal False True ()\n"
     trial.end()
-    assert trial.relay is not None
-    trial.relay.drain(LIMIT)
+    finish(LIMIT)
     for descriptor in (master, slave, reading, writing):
         os.close(descriptor)
 

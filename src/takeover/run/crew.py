@@ -7,6 +7,7 @@ and after 0.1 s again once it has served for ten seconds. One that does not get 
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from . import process
 from .command import Listening, environment_of, executable_of, fill_in
 from .events import Events, Timer
 from .options import Options
+from .output import Relay
 from .readiness import Check, Way
 from .running import Running, in_words
 
@@ -44,6 +46,7 @@ class Member:
 
     def __init__(self, crew: Crew) -> None:
         self.running: Running | None = None
+        self.relay: Relay | None = None
         self.ready_since: float | None = None
         self.ready_at: float | None = None
         self.restarts = 0
@@ -72,8 +75,10 @@ class Member:
             descriptors = [listener.sock.fileno() for listener in plan.listeners]
             descriptors += [descriptor for _, descriptor in check.descriptors]
             environment = environment_of(names, check.environment)
-            pid = process.start(executable_of(words[0]), words, environment, descriptors, plan.ignored)
+            outputs = self._relay_output(check)
+            pid = process.start(executable_of(words[0]), words, environment, descriptors, plan.ignored, outputs)
         except (CommandError, UsageError) as error:
+            self._begin_relay()
             reason = str(error)
             self._close_check()
             crew.events.post(lambda: self._not_ready(reason))
@@ -91,6 +96,7 @@ class Member:
         crew.trees.append(running)
         logger.info("started pid %d: %s", pid, " ".join(words))
         self._overdue = crew.events.call_later(options.ready_timeout, self._is_overdue)
+        self._begin_relay()
         check.started(pid)
 
     def _make_check(self) -> Check:
@@ -108,19 +114,37 @@ class Member:
             raise CommandError(f"a socket to tell whether the command is ready: {error.strerror}") from None
         return self._check
 
+    def _relay_output(self, check: Check) -> tuple[int, int] | None:
+        """The outputs for a process whose output the check reads; else it inherits ours."""
+        self.relay = None
+        if not self._crew.plan.way.reads_output:
+            return None
+        try:
+            self.relay = Relay(self._crew.events, check.output)
+        except OSError as error:
+            raise CommandError(f"a pipe for the output of the command: {error.strerror}") from None
+        return self.relay.ends
+
+    def _begin_relay(self) -> None:
+        if self.relay is not None:
+            self.relay.started()
+
     def _is_ready(self, how: str) -> None:
         assert self.running is not None
         if self.is_ready or self._crew.stopping:
             return
         self._cancel(self._overdue)
+        if self.relay is not None:
+            self.relay.calm()
         self.ready_since, self.ready_at = time.monotonic(), time.time()
         milliseconds = (self.ready_since - self.running.began) * 1000
         logger.info("pid %d is ready after %.0f ms: %s", self.running.pid, milliseconds, how)
         self._crew.look_whether_formed()
 
     def _is_overdue(self) -> None:
-        why = f": {self._check.why_not()}" if self._check is not None else ""
-        self._has_failed(f"not ready within {self._crew.plan.options.ready_timeout:g} s{why}")
+        why = self._check.why_not() if self._check is not None else ""
+        late = f"not ready within {self._crew.plan.options.ready_timeout:g} s"
+        self._has_failed(f"{late}: {why}" if why else late)
 
     def _has_failed(self, reason: str) -> None:
         if self.running is None or self.is_ready or self._failure or self._crew.stopping:
@@ -137,7 +161,7 @@ class Member:
         running, was_ready = self.running, self.is_ready
         served = 0.0 if self.ready_since is None else time.monotonic() - self.ready_since
         self.last_exit = in_words(status)
-        why = "" if was_ready or self._failure or self._check is None else self._check.why_not()
+        why = "" if was_ready or self._failure or self._check is None else self._check.why_not(status)
         self._close_check()
         self._cancel(self._overdue)
         self.running, self.ready_since, self.ready_at = None, None, None
@@ -245,6 +269,8 @@ class Crew:
     def signal(self, signum: int) -> None:
         """Passes a signal on to each process."""
         for member in self.members:
+            if signum == signal.SIGWINCH and member.relay is not None:
+                member.relay.resized()
             if member.running is not None:
                 member.running.signal(signum)
 

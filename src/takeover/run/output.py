@@ -15,12 +15,23 @@ import select
 import struct
 import termios
 import threading
+import time
 from collections.abc import Callable
 
 from .events import Events
 
 PIECE = 65536
 """Bytes that are read at once: what a pipe holds, pipe(7)."""
+
+_passing: set[_Stream] = set()
+
+
+def finish(seconds: float) -> None:
+    """Waits until all that processes have written is written on, or the time is over: for the end of this process."""
+    deadline = time.monotonic() + seconds
+    for stream in list(_passing):
+        stream.calm()
+        stream.join(max(0.0, deadline - time.monotonic()))
 
 
 class Relay:
@@ -58,11 +69,6 @@ class Relay:
         for stream in self._streams:
             stream.calm()
 
-    def drain(self, seconds: float) -> None:
-        """Waits until all that the process has written is written on, or the time is over."""
-        for stream in self._streams:
-            stream.join(seconds)
-
 
 class _Stream:
     def __init__(self, events: Events, on_output: Callable[[bytes], object], target: int) -> None:
@@ -90,6 +96,7 @@ class _Stream:
 
     def start(self) -> None:
         os.close(self.end)
+        _passing.add(self)
         self._thread.start()
 
     def resize(self) -> None:
@@ -118,6 +125,7 @@ class _Stream:
             with self._open:
                 os.close(self._reading)
                 self._reading = -1
+            _passing.discard(self)
 
     def _read(self) -> bytes:
         try:

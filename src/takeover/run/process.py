@@ -44,13 +44,13 @@ def start(
     environment: Mapping[str, str],
     descriptors: Sequence[int],
     ignored: frozenset[int] = frozenset(),
-    output: int | None = None,
+    outputs: tuple[int, int] | None = None,
 ) -> int:
     """Starts the command and returns its pid, which is also its process group; execve() has succeeded then.
 
     The descriptors stay the caller's; the child has copies of them at 3, 4, …, and what else is not close-on-exec.
     `ignored` are the signals that the child is to ignore, as this process was told to when it was started; it gets all
-    others as they were before there was any program. `output`, the caller's too, becomes its standard output and error.
+    others as they were before there was any program. `outputs`, the caller's too, become its standard output and error.
     Standard input is /dev/null where it would be a terminal, which belongs to this process. Call it in the main thread:
     the child dies when the thread that started it does. Raises CommandError.
     """
@@ -62,8 +62,8 @@ def start(
         own += [reading, writing]
         telling = _copy(writing, above, own)
         null = _copy(os.open(os.devnull, os.O_RDONLY), above, own, close=True) if _is_terminal(0) else None
-        there = None if output is None else _copy(output, above, own)
-        pid = _fork(executable, list(words), dict(environment), copies, (telling, null, there), ignored)
+        there = None if outputs is None else (_copy(outputs[0], above, own), _copy(outputs[1], above, own))
+        pid = _fork(executable, list(words), dict(environment), copies, telling, null, there, ignored)
         for each in (writing, telling):
             os.close(each)
             own.remove(each)
@@ -101,7 +101,9 @@ def _fork(
     words: list[str],
     environment: dict[str, str],
     copies: list[int],
-    special: tuple[int, int | None, int | None],
+    telling: int,
+    null: int | None,
+    outputs: tuple[int, int] | None,
     ignored: frozenset[int],
 ) -> int:
     parent = os.getpid()
@@ -113,7 +115,6 @@ def _fork(
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if not pid:
-            telling, null, output = special
             try:
                 _prctl(PR_SET_PDEATHSIG, _KILL, 0, 0, 0)
                 if os.getppid() != parent:
@@ -123,9 +124,9 @@ def _fork(
                     signal.signal(signum, signal.SIG_IGN if signum in ignored else signal.SIG_DFL)
                 if null is not None:
                     os.dup2(null, 0)
-                if output is not None:
-                    os.dup2(output, 1)
-                    os.dup2(output, 2)
+                if outputs is not None:
+                    os.dup2(outputs[0], 1)
+                    os.dup2(outputs[1], 2)
                 for number, copy in enumerate(copies, FIRST):
                     os.dup2(copy, number)
                 if copies:

@@ -132,10 +132,13 @@ class Check:
             if line is not None:
                 self._succeed(f"it wrote: {diagnosis.printable(line)[:200]}")
 
-    def why_not(self) -> str:
-        """One line on what was seen, for a process that has died or has used up its time; empty if that was nothing."""
+    def why_not(self, status: int | None = None) -> str:
+        """One line on what was seen, for a process that has died or has used up its time; empty if that was nothing.
+
+        status: its exit status, if it has ended.
+        """
         told = [self._told]
-        if self._tree is not None:
+        if self._tree is not None and not status:
             told.insert(0, diagnosis.why_not(self._tree, self._acceptance, self._given))
         if self._notices is not None:
             self._notices.read()

@@ -20,7 +20,7 @@ from takeover.errors import Aborted, CommandError, Interrupted, TakeoverError
 from takeover.exchange import logger
 from takeover.service import Service, join
 
-from . import orphans, process, readiness
+from . import orphans, output, process, readiness
 from .command import Listening, executable_of, fill_in
 from .crew import FAILED_STOP, Crew, Plan
 from .events import Events
@@ -39,6 +39,9 @@ PASSED_ON = (
     signal.SIGTTOU,
     *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
 )
+
+LAST_OUTPUT = 5.0
+"""Seconds for the rest of what the command has written, at the end, where it is passed on and its reader is slow."""
 
 
 class Moment(enum.Enum):
@@ -111,6 +114,7 @@ class Supervisor(Server):
         finally:
             self._joining = False
             orphans.end_all(self.spared)
+            output.finish(LAST_OUTPUT)
             self.events.close()
         if self._failure is not None:
             raise self._failure
