@@ -99,6 +99,7 @@ cdef struct Callbacks:
     void (*closed)(Core *core, Connection *connection, int error) noexcept nogil
     ssize_t (*exported)(Core *core, Connection *connection, char *room, size_t size) noexcept nogil
     bint (*imported)(Core *core, Connection *connection, const char *state, size_t size) noexcept nogil
+    void (*moved)(Core *core, Connection *connection) noexcept nogil
 
 cdef struct Origin:
     uint64_t inode        # of a listening socket, which is the same in every process that holds it

@@ -16,9 +16,10 @@ from posix.unistd cimport close
 from takeover._addresses cimport INET_NAME, pack_inet
 from takeover._connections cimport (
     CLOSING, EOF_QUEUED, EOF_RECEIVED, FULL, HELD, LOST, NATIVE, PAUSED, PROTOCOL, SLAB, STAYS, Callbacks, Chunk,
-    Connection, arm, place, reap, release,
+    Connection, arm, place, reap,
 )
 from takeover._fdpass cimport MOST, descriptor_array
+from takeover._native cimport forget_native
 from takeover._reasons cimport BROKEN, BUSY, CLOSED, FINE, NO_MEMORY, REASONS, UNMOVABLE, Reason
 from takeover._records cimport (
     FIXED, R_CLOSING, R_EOF_RECEIVED, R_EOF_WRITTEN, R_FULL, R_HAS_STATE, R_PAUSED, Output, Record, extend, pack,
@@ -142,6 +143,8 @@ cdef Reason export_protocol(Core *core, Connection *connection, Output *output) 
         state = export()
     except (KeyboardInterrupt, SystemExit):
         raise
+    except MemoryError:
+        return NO_MEMORY
     except BaseException:
         log.exception("the state of %r cannot be exported; its connection is drained", protocol)
         return BROKEN
@@ -224,7 +227,21 @@ cdef bytes tail_of(const Connection *connection, size_t start):
     return joined[start:]
 
 
-cdef tuple relinquish_batch(Core *core, array.array descriptors, object skip):
+cdef bint keep_tail(const Connection *connection, dict tails, int index) except -1:
+    """What was written since the export goes along; False where there is no memory for that."""
+    cdef Transport transport
+    if connection.kind != PROTOCOL:
+        return True
+    transport = <Transport>connection.state
+    if connection.unsent > transport.exported:
+        try:
+            tails[index] = tail_of(connection, transport.exported)
+        except MemoryError:
+            return False
+    return True
+
+
+cdef tuple relinquish_batch(Core *core, object schedule, array.array descriptors, object skip):
     """Closes our copies of what the other process has adopted; those in `skip`, which it refused, are served on.
 
     Returns, by index, who is to stay after all since its handler has ended it meanwhile, and is held still; and what
@@ -234,7 +251,6 @@ cdef tuple relinquish_batch(Core *core, array.array descriptors, object skip):
     cdef int count = <int>len(descriptors)
     cdef int index = 0
     cdef Connection *connection
-    cdef Transport transport
     kept, tails = [], {}
     while index < count:
         if not skip:
@@ -243,7 +259,7 @@ cdef tuple relinquish_batch(Core *core, array.array descriptors, object skip):
                     connection = place(core, fds[index])
                     if connection.kind != NATIVE or connection.flags & STAYS:
                         break
-                    release(core, connection)
+                    forget_native(core, connection)
                     close(fds[index])
                     index += 1
             if index == count:
@@ -252,33 +268,37 @@ cdef tuple relinquish_batch(Core *core, array.array descriptors, object skip):
         if index in skip:
             connection.flags |= STAYS
             resume_connection(core, connection)
-        elif connection.flags & STAYS:
+        elif connection.flags & STAYS or not keep_tail(connection, tails, index):
             kept.append(index)
         else:
-            if connection.kind == PROTOCOL:
-                transport = <Transport>connection.state
-                if connection.unsent > transport.exported:
-                    tails[index] = tail_of(connection, transport.exported)
-                part(transport)
-            forget_connection(core, connection)
-            close(fds[index])
+            part(core, schedule, connection)
         index += 1
     reap(core)
     return kept, tails
 
 
-cdef int part(Transport transport) except -1:
-    """Tells the protocol, if it wants to know, that its connection lives on elsewhere."""
-    protocol = transport.protocol
-    moved = getattr(protocol, "connection_moved", None)
-    transport.learn_local_name()
+cdef int part(Core *core, object schedule, Connection *connection) except -1:
+    """The connection lives on elsewhere, of which its protocol may want to know."""
+    cdef int fd = connection.fd
+    cdef Transport transport
+    moved = None
+    if connection.kind == PROTOCOL:
+        transport = <Transport>connection.state
+        transport.learn_local_name()
+        moved = getattr(transport.protocol, "connection_moved", None)
+    forget_connection(core, connection)
+    close(fd)
     if moved is not None:
-        try:
-            moved()
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:
-            log.exception("connection_moved of %r raised", protocol)
+        schedule.bid_farewell(moved)
+    return 0
+
+
+cdef int forgo_batch(Core *core, object schedule, array.array descriptors) except -1:
+    """Closes our copies of what the other process serves by now."""
+    cdef int *fds = descriptors.data.as_ints
+    cdef int index
+    for index in range(<int>len(descriptors)):
+        part(core, schedule, place(core, fds[index]))
     return 0
 
 

@@ -10,6 +10,18 @@ A handler is a `Handler` whose `callbacks` are set; each may be NULL but `receiv
     drained(core, connection)                 it fell to `low` bytes again
     closed(core, connection, error)           the last call; error is an errno, 0 for an orderly end; frees `state`
 
+A connection moves to another process if its `state` is NULL, or with the first two of these:
+
+    exported(core, connection, room, size) -> ssize_t
+        writes the state, if it fits, and returns its size: it is asked again with more room; -1 for "not now", less
+        than that if it cannot be told
+    imported(core, connection, state, size) -> bint
+        in the other process, in place of `opened`: sets `connection.state`, and neither reads nor writes yet; false,
+        having freed what it made, if it cannot read it
+    moved(core, connection)
+        the last call, in place of `closed`: another process serves the connection; frees `state`
+
+`version` is that of the state that `exported` writes, and `oldest` the oldest one that `imported` reads.
 They are called on the loop's thread, without the GIL, and must neither block nor keep it for long. The functions below
 are for callbacks on the same thread. What a write finds wrong ends the connection after the callback has returned.
 """

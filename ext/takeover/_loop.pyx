@@ -13,10 +13,9 @@ from takeover._connections cimport (
     STAYS, WATCH, Acceptor, Chunk, Connection, Core, doom, drop_backlog, epoll_create1, epoll_event, find,
     open_connection, place, reap, release, watch,
 )
-from takeover._giving cimport export_batch, put_back_batch, relinquish_batch
 from takeover._listener cimport Listener, make_listener
+from takeover._moving cimport Mover
 from takeover._native cimport monotonic, wait
-from takeover._taking cimport adopt_batch, drop_batch, start_batch
 from takeover._transport cimport Transport
 
 import os
@@ -39,14 +38,12 @@ cdef class Watch:
     cdef object writer
 
 
-cdef class Loop:
+cdef class Loop(Mover):
     """One thread's event loop. Only call_soon_threadsafe may be called from another thread.
 
     close() it: that delivers connection_lost to every protocol and gives the descriptors back.
     """
 
-    cdef Core *core
-    cdef object schedule
     cdef object ready         # of the schedule
     cdef list timers          # of the schedule
     cdef set listeners
@@ -160,6 +157,7 @@ cdef class Loop:
         for listener in list(self.listeners):
             listener.stop()
         self.empty = None
+        self.schedule.say_farewell()
         self.release_held()
         while self.abort_connections() or self.core.open:
             self.schedule.run_due()
@@ -270,45 +268,6 @@ cdef class Loop:
         self.watch_for(fd, reader, None)
         return writer is not None
 
-    def export_connections(self, start, most, size, reasons):
-        """Hold connections that can move: `(records, descriptors, where to go on)`, the last -1 when all were seen.
-
-        At most `most` from place `start` on, until the records have `size` bytes. `reasons` counts by words
-        (records.WORDS) who does not move. The descriptors stay the loop's.
-        """
-        self.check_open()
-        return export_batch(self.core, start, most, size, reasons)
-
-    def relinquish_connections(self, descriptors, skip):
-        """Close held connections that another process has adopted; the indices in `skip` are served on here for good.
-
-        Returns the indices that are to stay after all and are held still, and by index what handlers have written.
-        """
-        return relinquish_batch(self.core, descriptors, skip)
-
-    def put_back_connections(self, descriptors, stay):
-        """Serve held connections on, as if nothing had happened; with `stay` they are not exported again."""
-        put_back_batch(self.core, descriptors, stay)
-
-    def adopt_connections(self, records, descriptors, generation):
-        """Take in connections that a process of that generation has exported, without reading or writing yet.
-
-        The descriptors are the loop's from here on. Returns those that it closed again: a list of [index, reason].
-        Raises RemoteProtocolError for garbled records, after closing all.
-        """
-        cdef const unsigned char[::1] view = records
-        self.check_open()
-        return adopt_batch(self.core, self.schedule, <const char *>&view[0] if len(view) else NULL, len(view),
-                           descriptors, generation)
-
-    def start_connections(self, descriptors, skip, tails):
-        """Serve what was adopted, but for the indices in `skip`; `tails` are bytes by index to send behind all else."""
-        start_batch(self.core, descriptors, skip, tails)
-
-    def drop_connections(self, descriptors, skip):
-        """Close our copies of what was adopted and not started, but for the indices in `skip`."""
-        drop_batch(self.core, descriptors, skip)
-
     def add_signal_handler(self, signum, callback, *args):
         """Call back in the loop when a signal has come. Main thread only; close() puts back what was there."""
         self.schedule.add_signal_handler(signum, callback, args)
@@ -381,11 +340,6 @@ cdef class Loop:
             self.empty = None
         for listener in list(self.listeners):
             (<Listener>listener).look_after()
-        return 0
-
-    cdef int check_open(self) except -1:
-        if self.core.epoll < 0:
-            raise RuntimeError("the loop is closed")
         return 0
 
     cdef Connection *connection_at(self, size_t fd) noexcept:

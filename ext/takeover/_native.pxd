@@ -17,6 +17,7 @@ cdef void connection_close(Core *core, Connection *connection) noexcept nogil
 cdef void connection_abort(Core *core, Connection *connection) noexcept nogil
 
 cdef void resume_native(Core *core, Connection *connection) noexcept nogil
+cdef void forget_native(Core *core, Connection *connection) noexcept nogil
 cdef void keep_non_blocking(int fd) noexcept nogil
 cdef int accept_one(Acceptor *acceptor, sockaddr_storage *peer, socklen_t *size) noexcept nogil
 cdef Connection *admit(Core *core, Acceptor *acceptor, int fd, Kind kind) noexcept nogil

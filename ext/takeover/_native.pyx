@@ -158,6 +158,13 @@ cdef void resume_native(Core *core, Connection *connection) noexcept nogil:
         doom(core, connection, error)
 
 
+cdef void forget_native(Core *core, Connection *connection) noexcept nogil:
+    """Out of the table: the connection lives on in another process. The descriptor is the caller's to close."""
+    if connection.handler.moved != NULL:
+        connection.handler.moved(core, connection)
+    release(core, connection)
+
+
 cdef int accept_one(Acceptor *acceptor, sockaddr_storage *peer, socklen_t *size) noexcept nogil:
     """A descriptor, -1 if none waits, -2 with acceptor.error set if the listener has to pause or to end.
 

@@ -5,6 +5,8 @@ A connection that was adopted is HELD, in the table and not in the epoll set: it
 is started. No descriptor of a batch can change hands in between, so an array of them stands for the batch.
 """
 
+from cpython cimport array
+from libc.errno cimport ENOMEM
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.string cimport memset
 from posix.unistd cimport close
@@ -12,7 +14,7 @@ from posix.unistd cimport close
 from takeover._addresses cimport unpack_inet
 from takeover._connections cimport (
     CLOSING, EOF_QUEUED, EOF_RECEIVED, FULL, HELD, LOST, NATIVE, PAUSED, PROTOCOL, Callbacks, Connection, Kind,
-    open_connection, place, queue, reap, release, sockaddr, sockaddr_storage, socklen_t,
+    doom, open_connection, place, queue, reap, release, sockaddr, sockaddr_storage, socklen_t,
 )
 from takeover._fdpass cimport MOST
 from takeover._listener cimport Listener
@@ -103,6 +105,7 @@ cdef Reason adopt_protocol(Core *core, object schedule, int fd, const Record *re
     cdef Connection *connection
     cdef Transport transport
     cdef sockaddr_storage peer
+    path = None
     factory = (<Listener>core.origins[home].listener).handler
     if not record.flags & R_HAS_STATE:
         return OTHER_HANDLER
@@ -119,6 +122,8 @@ cdef Reason adopt_protocol(Core *core, object schedule, int fd, const Record *re
         take(record.state[:record.state_size])
     except (KeyboardInterrupt, SystemExit):
         raise
+    except MemoryError:
+        return NO_MEMORY
     except BaseException:
         log.exception("import_state in %r raised; the connection goes back", factory)
         return BROKEN
@@ -126,11 +131,16 @@ cdef Reason adopt_protocol(Core *core, object schedule, int fd, const Record *re
     if connection == NULL:
         return NO_MEMORY
     memset(&peer, 0, sizeof(peer))
-    if unpack_inet(record.peer, record.peer_size, <char *>&peer) == 0:
-        (<sockaddr *>&peer).sa_family = AF_UNIX
-    transport = make_transport(core, connection, schedule, protocol, <sockaddr *>&peer, 0)
+    try:
+        if unpack_inet(record.peer, record.peer_size, <char *>&peer) == 0:
+            (<sockaddr *>&peer).sa_family = AF_UNIX
+            path = unpack_peer(record.peer[:record.peer_size])
+        transport = make_transport(core, connection, schedule, protocol, <sockaddr *>&peer, 0)
+    except MemoryError:
+        release(core, connection)
+        return NO_MEMORY
     if transport.family == AF_UNIX:
-        transport.peer_path = unpack_peer(record.peer[:record.peer_size])
+        transport.peer_path = path
     transport.high, transport.low = record.high, record.low
     transport.eof_written = record.flags & R_EOF_WRITTEN != 0
     transport.moved = moved
@@ -141,62 +151,88 @@ cdef list adopt_batch(Core *core, object schedule, const char *records, size_t s
                       object generation):
     """Takes every descriptor: those refused are closed here. Returns [[index, reason], …] of those.
 
-    Raises RemoteProtocolError, and has closed all of them, where the records are garbled.
+    Whatever it raises, RemoteProtocolError where the records are garbled, it has closed all of them and knows none.
     """
     cdef uint8_t[MOST] answers
     cdef int *fds = descriptors.data.as_ints
     cdef int count = <int>len(descriptors)
     cdef int index = 0
-    cdef int answer
+    cdef list refused
+    try:
+        check(records, size, count)
+        adopt_all(core, schedule, records, size, fds, count, generation, answers, &index)
+        refused = [[each, WORDS[answers[each]]] for each in range(count) if answers[each]]
+    except BaseException:
+        while index:
+            index -= 1
+            if answers[index] == FINE:
+                forget_connection(core, place(core, fds[index]))
+        close_batch(descriptors)
+        raise
+    for index in range(count):
+        if answers[index]:
+            close(fds[index])
+    return refused
+
+
+cdef int check(const char *records, size_t size, int count) except -1:
+    """Raises RemoteProtocolError unless the bytes are so many records."""
+    cdef Record record
+    cdef size_t at = 0, length
+    cdef int _index
+    for _index in range(count):
+        length = unpack(records + at, size - at, &record)
+        at += length
+        if length == 0:
+            break
+    if at != size or (count and length == 0):
+        raise RemoteProtocolError(f"the records of {count} connections are garbled")
+    return 0
+
+
+cdef int adopt_all(Core *core, object schedule, const char *records, size_t size, const int *fds, int count,
+                   object generation, uint8_t *answers, int *index) except -1:
+    """Answers for each of the descriptors; `index` says for how many when it raises."""
     cdef size_t at = 0, length
     cdef Record record
     cdef int home, moves
     cdef object moved = None
-    while index < count:
-        length = unpack(records + at, size - at, &record)
-        if length == 0:
-            break
-        at += length
-        index += 1
-    if index < count or at != size:
-        for index in range(count):
-            close(fds[index])
-        raise RemoteProtocolError(f"the records of {count} connections are garbled")
-    index = 0
-    at = 0
-    while index < count:
+    while index[0] < count:
         with nogil:
             home = -1
-            while index < count:
+            while index[0] < count:
                 length = unpack(records + at, size - at, &record)
                 if home < 0 or core.origins[home].inode != record.listener:
                     home = home_of(core, record.listener)
                 if home < 0:
-                    answer = NO_LISTENER
-                elif not is_stream(fds[index]):
-                    answer = NO_SOCKET
+                    answers[index[0]] = NO_LISTENER
+                elif not is_stream(fds[index[0]]):
+                    answers[index[0]] = NO_SOCKET
                 elif record.unread_size:
-                    answer = UNREAD
+                    answers[index[0]] = UNREAD
                 elif core.origins[home].callbacks == NULL:
                     break
                 else:
-                    answer = adopt_native(core, fds[index], &record, home)
-                answers[index] = <uint8_t>answer
+                    answers[index[0]] = <uint8_t>adopt_native(core, fds[index[0]], &record, home)
                 at += length
-                index += 1
-        if index < count:
+                index[0] += 1
+        if index[0] < count:
             moves = moves_then(&record)
             if moved is None or moved.times != moves:
                 moved = Moved(generation, moves)
-            answers[index] = <uint8_t>adopt_protocol(core, schedule, fds[index], &record, home, moved)
+            answers[index[0]] = <uint8_t>adopt_protocol(core, schedule, fds[index[0]], &record, home, moved)
             at += length
-            index += 1
-    refused = []
-    for index in range(count):
-        if answers[index]:
-            close(fds[index])
-            refused.append([index, WORDS[answers[index]]])
-    return refused
+            index[0] += 1
+    return 0
+
+
+cdef int close_batch(array.array descriptors) except -1:
+    """Closes them all; the loop knows none of them."""
+    cdef int *fds = descriptors.data.as_ints
+    cdef int index
+    for index in range(<int>len(descriptors)):
+        close(fds[index])
+    return 0
 
 
 cdef int start_protocol(Core *core, Connection *connection) except -1:
@@ -217,14 +253,16 @@ cdef int start_protocol(Core *core, Connection *connection) except -1:
 
 
 cdef int start_batch(Core *core, array.array descriptors, object skip, dict tails) except -1:
-    """Reads and writes from now on; what was written to a connection on its way goes out behind what it had brought."""
+    """Reads and writes from now on; what was written to a connection on its way goes out behind what it had brought.
+
+    One whose tail there is no memory for is ended. What ends the program is raised when all the others are served.
+    """
     cdef int *fds = descriptors.data.as_ints
     cdef int count = <int>len(descriptors)
-    cdef int index
+    cdef int index = 0
     cdef bint all_of_them = not skip and not tails
     cdef Connection *connection
-    cdef bytes tail
-    index = 0
+    ending = None
     while index < count:
         if all_of_them:
             with nogil:
@@ -238,19 +276,30 @@ cdef int start_batch(Core *core, array.array descriptors, object skip, dict tail
             if index == count:
                 break
         connection = place(core, fds[index])
-        if not all_of_them and index in skip:
-            index += 1
-            continue
-        if not all_of_them and index in tails:
-            tail = tails[index]
-            if queue(core, connection, tail, len(tail)):
-                raise MemoryError
-        if connection.kind == NATIVE:
-            resume_native(core, connection)
-        else:
-            start_protocol(core, connection)
+        if all_of_them or index not in skip:
+            try:
+                start(core, connection, None if all_of_them else tails.get(index))
+            except BaseException as error:
+                ending = ending or error
         index += 1
     reap(core)
+    if ending is not None:
+        raise ending
+    return 0
+
+
+cdef int start(Core *core, Connection *connection, bytes tail) except -1:
+    if tail is not None and queue(core, connection, tail, len(tail)):
+        log.error("no memory for %d bytes that a connection has brought; it is aborted", len(tail))
+        connection.flags &= <uint8_t>~HELD
+        if connection.kind == NATIVE:
+            doom(core, connection, ENOMEM)
+        else:
+            (<Transport>connection.state).lose(MemoryError())
+    elif connection.kind == NATIVE:
+        resume_native(core, connection)
+    else:
+        start_protocol(core, connection)
     return 0
 
 

@@ -17,7 +17,7 @@ from takeover._connections cimport (
     PAUSED, RECEIVE, SHUT_WR, STAYS, arm, drop_backlog, flush, recv, release, shutdown,
     sockaddr_storage, write,
 )
-from takeover._native cimport resume_native
+from takeover._native cimport forget_native, resume_native
 
 import os
 
@@ -377,7 +377,7 @@ cdef int forget_connection(Core *core, Connection *connection) except -1:
     """Out of the table, without a word to the handler; the descriptor is the caller's to close."""
     cdef Transport transport
     if connection.kind == NATIVE:
-        release(core, connection)
+        forget_native(core, connection)
         return 0
     transport = <Transport>connection.state
     transport.connection = NULL

@@ -6,12 +6,11 @@ import logging
 import selectors
 import socket
 import time
-from array import array
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from . import _moving_py as moving
 from ._listener_py import Listener
+from ._moving_py import Mover
 from ._schedule import Schedule, Timer
 from ._sockets import prepare_listener
 from ._transport_py import Transport
@@ -19,7 +18,6 @@ from ._transport_py import Transport
 if TYPE_CHECKING:
     import asyncio
 
-    from typing_extensions import Buffer
 
 __all__ = ["ECHO", "Handler", "Listener", "Loop", "Timer"]
 
@@ -88,7 +86,7 @@ class Watch:
             writer.run()
 
 
-class Loop:
+class Loop(Mover):
     """One thread's event loop. Only call_soon_threadsafe may be called from another thread.
 
     close() it: that delivers connection_lost to every protocol and gives the descriptors back.
@@ -150,6 +148,7 @@ class Loop:
         for listener in list(self.listeners.values()):
             listener.stop()
         self._empty = None
+        self.schedule.say_farewell()
         for transport in self.transports.values():
             transport.let_go()
         while self.abort_connections() or self.transports:
@@ -254,47 +253,6 @@ class Loop:
             self._watches[fd] = watcher
         else:
             del self._watches[fd]
-
-    def export_connections(
-        self, start: int, most: int, size: int, reasons: dict[str, int]
-    ) -> tuple[bytes, array[int], int]:
-        """Hold connections that can move: `(records, descriptors, where to go on)`, the last -1 when all were seen.
-
-        At most `most` from place `start` on, until the records have `size` bytes. `reasons` counts by words
-        (records.WORDS) who does not move. The descriptors stay the loop's.
-        """
-        self.check_open()
-        return moving.export_batch(self, start, most, size, reasons)
-
-    def relinquish_connections(
-        self, descriptors: array[int], skip: Collection[int]
-    ) -> tuple[list[int], dict[int, bytes]]:
-        """Close held connections that another process has adopted; the indices in `skip` are served on here for good.
-
-        Returns the indices that are to stay after all and are held still, and by index what handlers have written.
-        """
-        return moving.relinquish_batch(self, descriptors, skip)
-
-    def put_back_connections(self, descriptors: array[int], stay: bool) -> None:
-        """Serve held connections on, as if nothing had happened; with `stay` they are not exported again."""
-        moving.put_back_batch(self, descriptors, stay)
-
-    def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
-        """Take in connections that a process of that generation has exported, without reading or writing yet.
-
-        The descriptors are the loop's from here on. Returns those that it closed again: a list of [index, reason].
-        Raises RemoteProtocolError for garbled records, after closing all.
-        """
-        self.check_open()
-        return moving.adopt_batch(self, records, descriptors, generation)
-
-    def start_connections(self, descriptors: array[int], skip: Collection[int], tails: Mapping[int, bytes]) -> None:
-        """Serve what was adopted, but for the indices in `skip`; `tails` are bytes by index to send behind all else."""
-        moving.start_batch(self, descriptors, skip, tails)
-
-    def drop_connections(self, descriptors: array[int], skip: Collection[int]) -> None:
-        """Close our copies of what was adopted and not started, but for the indices in `skip`."""
-        moving.drop_batch(self, descriptors, skip)
 
     def add_signal_handler(self, signum: int, callback: Callable[..., object], *args: Any) -> None:
         """Call back in the loop when a signal has come. Main thread only; close() puts back what was there."""

@@ -1,4 +1,4 @@
-"""Connections out of one plain loop and into another: what the compiled twin does in _giving.pyx and _taking.pyx."""
+"""Connections out of one plain loop and into another: what the compiled twin does in _moving.pyx."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import socket
 from array import array
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ._transport_py import Transport
 from .borrowed import BorrowedSocket
-from .errors import RemoteProtocolError
+from .connections import Connections
 from .records import (
     CLOSING,
     EOF_RECEIVED,
@@ -33,7 +33,9 @@ from .records import (
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from ._listener_py import Listener
     from ._loop_py import Loop
+    from ._schedule import Schedule
 
 log = logging.getLogger("takeover")
 
@@ -74,36 +76,7 @@ def _take_on(transport: Transport, record: Record) -> None:
     transport.append(bytes(record.unsent))
 
 
-def export_batch(
-    loop: Loop, start: int, most: int, size: int, reasons: dict[str, int]
-) -> tuple[bytes, array[int], int]:
-    """Loop.export_connections()."""
-    records: list[bytes] = []
-    descriptors = array("i")
-    total = 0
-    for fd in sorted(fd for fd in loop.transports if fd >= start):
-        if len(descriptors) == most or total >= size:
-            return b"".join(records), descriptors, fd
-        transport = loop.transports[fd]
-        if transport.stays or not transport.at_rest:
-            continue
-        try:
-            records.append(_export(loop, transport))
-        except Stays as stays:
-            (why,) = stays.args
-            reasons[why] = reasons.get(why, 0) + 1
-            transport.stays = why != "busy"
-            continue
-        except BaseException:
-            put_back_batch(loop, descriptors, False)
-            raise
-        total += len(records[-1])
-        transport.hold()
-        descriptors.append(fd)
-    return b"".join(records), descriptors, -1
-
-
-def _export(loop: Loop, transport: Transport) -> bytes:
+def _export(loop: Mover, transport: Transport) -> bytes:
     protocol: Any = transport.get_protocol()
     native = loop.homes[transport.origin].native
     version, state, high, low = 0, b"", *reversed(transport.get_write_buffer_limits())
@@ -154,66 +127,15 @@ def state_of(protocol: Any) -> tuple[int, bytes]:
     return version, bytes(state)
 
 
-def relinquish_batch(loop: Loop, descriptors: array[int], skip: Collection[int]) -> tuple[list[int], dict[int, bytes]]:
-    """Loop.relinquish_connections()."""
-    kept, tails = [], {}
-    for index, fd in enumerate(descriptors):
-        transport = loop.transports[fd]
-        if index in skip:
-            transport.stays = True
-            transport.resume()
-            continue
-        if transport.stays:
-            kept.append(index)
-            continue
-        tail = transport.backlog(transport.exported)
-        if tail:
-            tails[index] = tail
-        moved = getattr(transport.get_protocol(), "connection_moved", None)
-        os.close(transport.part())
-        if moved is not None:
-            try:
-                moved()
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException:
-                log.exception("connection_moved raised")
-    return kept, tails
-
-
-def put_back_batch(loop: Loop, descriptors: array[int], stay: bool) -> None:
-    """Loop.put_back_connections()."""
-    for fd in descriptors:
-        transport = loop.transports[fd]
-        transport.stays = transport.stays or stay
-        transport.resume()
-
-
-def adopt_batch(loop: Loop, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
-    """Loop.adopt_connections()."""
-    try:
-        found = unpack(records, len(descriptors))
-    except RemoteProtocolError:
-        for fd in descriptors:
-            os.close(fd)
-        raise
-    refused: list[list[Any]] = []
-    for index, (fd, record) in enumerate(zip(descriptors, found, strict=True)):
-        try:
-            _adopt(loop, fd, record, generation)
-        except Stays as stays:
-            os.close(fd)
-            refused.append([index, *stays.args])
-    return refused
-
-
 def _adopt(loop: Loop, fd: int, record: Record, generation: int) -> None:
+    """Takes one connection in, and all of it: whatever is raised, the loop knows nothing of it then."""
     home = loop.homes.get(record.listener)
     if home is None:
         raise Stays("listener")
     try:
         with BorrowedSocket(fd) as borrowed:
             family, kind = borrowed.family, borrowed.type
+        os.set_blocking(fd, False)
     except OSError:
         raise Stays("socket") from None
     if kind != socket.SOCK_STREAM:
@@ -223,11 +145,14 @@ def _adopt(loop: Loop, fd: int, record: Record, generation: int) -> None:
     protocol = protocol_for(home, record)
     peer = unpack_peer(record.peer) if record.peer else None
     sock = socket.socket(family, kind, fileno=fd)
-    sock.setblocking(False)
-    transport = Transport(loop, sock, peer, protocol, record.listener)
-    _take_on(transport, record)
-    transport.moved = Moved(generation, min(record.times + 1, 255))
-    loop.admit(transport)
+    try:
+        transport = Transport(loop, sock, peer, protocol, record.listener)
+        _take_on(transport, record)
+        transport.moved = Moved(generation, min(record.times + 1, 255))
+        loop.admit(transport)
+    except BaseException:
+        sock.detach()
+        raise
 
 
 def protocol_for(home: Home, record: Record) -> Any:
@@ -243,7 +168,7 @@ def protocol_for(home: Home, record: Record) -> Any:
         if not reads_version(protocol, record.version):
             raise Stays("version")
         protocol.import_state(bytes(record.state))
-    except (KeyboardInterrupt, SystemExit, Stays):
+    except (KeyboardInterrupt, SystemExit, Stays, MemoryError):
         raise
     except BaseException:
         log.exception("import_state in %r raised; the connection goes back", home.factory)
@@ -251,17 +176,120 @@ def protocol_for(home: Home, record: Record) -> Any:
     return protocol
 
 
-def start_batch(loop: Loop, descriptors: array[int], skip: Collection[int], tails: Mapping[int, bytes]) -> None:
-    """Loop.start_connections()."""
-    for index, fd in enumerate(descriptors):
-        if index not in skip:
-            transport = loop.transports[fd]
-            transport.append(tails.get(index, b""))
-            transport.start()
+class Mover(Connections):
+    """The part of `_loop_py.Loop` that connections move through."""
 
+    schedule: Schedule
+    transports: dict[int, Transport]
+    homes: dict[int, Listener]
 
-def drop_batch(loop: Loop, descriptors: array[int], skip: Collection[int]) -> None:
-    """Loop.drop_connections()."""
-    for index, fd in enumerate(descriptors):
-        if index not in skip:
-            os.close(loop.transports[fd].part())
+    def export_connections(
+        self, start: int, most: int, size: int, reasons: dict[str, int]
+    ) -> tuple[bytes, array[int], int]:
+        records: list[bytes] = []
+        descriptors = array("i")
+        total = 0
+        for fd in sorted(fd for fd in self.transports if fd >= start):
+            if len(descriptors) == most or total >= size:
+                return b"".join(records), descriptors, fd
+            transport = self.transports[fd]
+            if transport.stays or not transport.at_rest:
+                continue
+            try:
+                records.append(_export(self, transport))
+            except Stays as stays:
+                (why,) = stays.args
+                reasons[why] = reasons.get(why, 0) + 1
+                transport.stays = why != "busy"
+                continue
+            except BaseException:
+                self.put_back_connections(descriptors, False)
+                raise
+            total += len(records[-1])
+            transport.hold()
+            descriptors.append(fd)
+        return b"".join(records), descriptors, -1
+
+    def relinquish_connections(
+        self, descriptors: array[int], skip: Collection[int]
+    ) -> tuple[list[int], dict[int, bytes]]:
+        kept, tails = [], {}
+        for index, fd in enumerate(descriptors):
+            transport = self.transports[fd]
+            if index in skip:
+                transport.stays = True
+                transport.resume()
+                continue
+            if transport.stays:
+                kept.append(index)
+                continue
+            tail = transport.backlog(transport.exported)
+            if tail:
+                tails[index] = tail
+            self._part(transport)
+        return kept, tails
+
+    def put_back_connections(self, descriptors: array[int], stay: bool) -> None:
+        for fd in descriptors:
+            transport = self.transports[fd]
+            transport.stays = transport.stays or stay
+            transport.resume()
+
+    def forgo_connections(self, descriptors: array[int]) -> None:
+        for fd in descriptors:
+            self._part(self.transports[fd])
+
+    def _part(self, transport: Transport) -> None:
+        """The connection lives on elsewhere, of which its protocol may want to know."""
+        moved = getattr(transport.get_protocol(), "connection_moved", None)
+        os.close(transport.part())
+        if moved is not None:
+            self.schedule.bid_farewell(moved)
+
+    def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
+        refused: list[list[Any]] = []
+        taken: list[int] = []
+        loop = cast("Loop", self)
+        try:
+            loop.check_open()
+            found = unpack(records, len(descriptors))
+            for index, (fd, record) in enumerate(zip(descriptors, found, strict=True)):
+                try:
+                    _adopt(loop, fd, record, generation)
+                except Stays as stays:
+                    refused.append([index, *stays.args])
+                except MemoryError:
+                    refused.append([index, "memory"])
+                else:
+                    taken.append(fd)
+            for index, _ in refused:
+                os.close(descriptors[index])
+        except BaseException:
+            for fd in taken:
+                self.transports[fd].part()
+            for fd in descriptors:
+                os.close(fd)
+            raise
+        return refused
+
+    def start_connections(self, descriptors: array[int], skip: Collection[int], tails: Mapping[int, bytes]) -> None:
+        ending: BaseException | None = None
+        for index, fd in enumerate(descriptors):
+            if index in skip:
+                continue
+            transport = self.transports[fd]
+            try:
+                transport.append(tails.get(index, b""))
+                transport.start()
+            except MemoryError as error:
+                transport.let_go()
+                transport.lose(error)
+            except BaseException as error:
+                ending = ending or error
+        if ending is not None:
+            raise ending
+
+    def drop_connections(self, descriptors: array[int], skip: Collection[int]) -> None:
+        for index, fd in enumerate(descriptors):
+            if index not in skip:
+                os.close(self.transports[fd].part())

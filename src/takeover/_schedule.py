@@ -69,6 +69,7 @@ class Schedule:
         self.ready: deque[Timer] = deque()
         self.timers: list[tuple[float, int, Timer]] = []
         self.closed = False
+        self._farewells: deque[Timer] = deque()
         self._sequence = 0
         self._cancelled = 0
         self._awake = False
@@ -97,6 +98,17 @@ class Schedule:
         self._sequence += 1
         heapq.heappush(self.timers, (when, self._sequence, timer))
         return timer
+
+    def bid_farewell(self, callback: Callable[..., object]) -> None:
+        """Call back in the next turn, or before the loop closes at the latest."""
+        if not self._farewells:
+            self.call_soon(self.say_farewell)
+        self._farewells.append(Timer(0.0, callback, ()))
+
+    def say_farewell(self) -> None:
+        """Call back now where that was bidden."""
+        while self._farewells:
+            self._farewells.popleft().run()
 
     def forget_cancelled(self) -> None:
         """Called for each timer that is cancelled; once most of a long heap is cancelled, it is built anew."""

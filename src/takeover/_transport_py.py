@@ -271,11 +271,11 @@ class Transport:
         if events & selectors.EVENT_READ and not (self._paused or self._eof_received or self._closing or self._lost):
             self._receive()
 
-    def lose(self) -> bool:
+    def lose(self, error: BaseException | None = None) -> bool:
         """Abort; False if it was over already."""
         if self._lost:
             return False
-        self._lose(None)
+        self._lose(error)
         return True
 
     def _receive(self) -> None:

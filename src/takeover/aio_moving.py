@@ -20,7 +20,7 @@ from ._moving_py import Stays, protocol_for, state_of
 from .aio_entrance import Arrival, Entrance, Home, Porch, Seat, feed
 from .aio_halves import end_is_next, end_is_sent
 from .aio_streams import Stream
-from .errors import RemoteProtocolError
+from .connections import Connections
 from .records import EOF_RECEIVED, EOF_WRITTEN, HAS_STATE, PAUSED, Moved, Record, pack_peer, unpack
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Hold(asyncio.Protocol):
         self.was_reading = was_reading
         self.eof_written = bool(flags & EOF_WRITTEN)
         self.knows_end = bool(flags & EOF_RECEIVED)
-        self._heard = False
+        self._heard = self._lost = False
         self._turns = 0
         if isinstance(protocol, Stream):
             self._turns = protocol.reader.turns
@@ -83,13 +83,11 @@ class Hold(asyncio.Protocol):
         self.seat.transport.abort()
         self.duplicate.close()
         moved = getattr(self.protocol, "connection_moved", None)
-        if moved is not None:
-            try:
-                moved()
-            except Exception:
-                log.exception("connection_moved raised")
         if isinstance(self.protocol, Stream):
+            self.protocol.connection_moved()
             self.protocol.reader.give_away()
+        elif moved is not None and not self._lost:
+            asyncio.get_running_loop().call_soon(moved)
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
@@ -106,7 +104,7 @@ class Hold(asyncio.Protocol):
         self.protocol.resume_writing()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._heard = True
+        self._heard = self._lost = True
         self.protocol.connection_lost(error)
 
 
@@ -121,7 +119,7 @@ class Gone(asyncio.Protocol):
             self._stream.connection_lost(None)
 
 
-class Mover:
+class Mover(Connections):
     """The connections of one loop: all of them, those on their way out, and those on their way in.
 
     `homes` are by the inode of the listener. It is used in the loop only, but for `connections`.
@@ -163,8 +161,6 @@ class Mover:
             if seat.stream is not None and seat.stream.task is not None:
                 seat.stream.task.cancel()
         return len(self._seats)
-
-    # What giver.Giver and taker.Taker call; see channel.Connections.
 
     def export_connections(
         self, start: int, most: int, size: int, reasons: dict[str, int]
@@ -228,23 +224,36 @@ class Mover:
         assert seat.hold is not None
         seat.hold.let_go()
 
+    def forgo_connections(self, descriptors: array[int]) -> None:
+        for descriptor in descriptors:
+            self._let_go(descriptor)
+
     def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
+        refused: list[list[Any]] = []
+        arrivals: dict[int, Arrival] = {}
         try:
             found = unpack(records, len(descriptors))
-        except RemoteProtocolError:
+            for index, (descriptor, record) in enumerate(zip(descriptors, found, strict=True)):
+                try:
+                    arrivals[descriptor] = self._adopt(descriptor, record, generation)
+                except Stays as stays:
+                    refused.append([index, *stays.args])
+                except MemoryError:
+                    refused.append([index, "memory"])
+            self._arrivals.update(arrivals)
+            for index, _ in refused:
+                os.close(descriptors[index])
+        except BaseException:
+            for descriptor, arrival in arrivals.items():
+                arrival.socket.detach()
+                self._arrivals.pop(descriptor, None)
             for descriptor in descriptors:
                 os.close(descriptor)
             raise
-        refused: list[list[Any]] = []
-        for index, (descriptor, record) in enumerate(zip(descriptors, found, strict=True)):
-            try:
-                self._arrivals[descriptor] = self._adopt(descriptor, record, generation)
-            except Stays as stays:
-                os.close(descriptor)
-                refused.append([index, *stays.args])
         return refused
 
     def _adopt(self, descriptor: int, record: Record, generation: int) -> Arrival:
+        """Whatever it raises, the descriptor is the caller's then."""
         home = self.homes.get(record.listener)
         if home is None:
             raise Stays("listener")
@@ -255,20 +264,23 @@ class Mover:
         try:
             if sock.type != socket.SOCK_STREAM:
                 raise Stays("socket")
+            sock.setblocking(False)
             protocol = protocol_for(home, record)
+            moved = Moved(generation, min(record.times + 1, 255))
+            if isinstance(protocol, Stream):
+                protocol.connection.moved = moved
+                protocol.reader.feed_data(bytes(record.unread))
+                if record.flags & EOF_RECEIVED:
+                    protocol.reader.feed_eof()
+            # The parts of a record lead into a buffer that is large, or is gone when the batch is.
+            record = record._replace(unread=bytes(record.unread), unsent=bytes(record.unsent), state=b"")
+            return Arrival(home, record, sock, protocol, moved)
+        except OSError:
+            sock.detach()
+            raise Stays("socket") from None
         except BaseException:
             sock.detach()
             raise
-        sock.setblocking(False)
-        moved = Moved(generation, min(record.times + 1, 255))
-        if isinstance(protocol, Stream):
-            protocol.connection.moved = moved
-            protocol.reader.feed_data(bytes(record.unread))
-            if record.flags & EOF_RECEIVED:
-                protocol.reader.feed_eof()
-        # The parts of a record lead into a buffer that is large, or is gone when the batch is.
-        record = record._replace(unread=bytes(record.unread), unsent=bytes(record.unsent), state=b"")
-        return Arrival(home, record, sock, protocol, moved)
 
     def start_connections(self, descriptors: array[int], skip: Collection[int], tails: Mapping[int, bytes]) -> None:
         for index, descriptor in enumerate(descriptors):
@@ -289,11 +301,7 @@ class Mover:
 
     def drop_connections(self, descriptors: array[int], skip: Collection[int]) -> None:
         for index, descriptor in enumerate(descriptors):
-            if index in skip:
-                continue
-            if descriptor in self._leaving:
-                self._let_go(descriptor)
-            else:
+            if index not in skip:
                 self._arrivals.pop(descriptor).socket.close()
 
 

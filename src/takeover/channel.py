@@ -13,31 +13,15 @@ import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
+from .connections import Connections
 from .control import Peer
 from .descriptors import limit_and_held
 from .errors import LocalError
 from .exchange import Exchange, logger, read_token
 from .link import Link, close_all
 from .protocol import CHANNEL_BYTE, Event, Limits, Local, State
-
-
-class Connections(Protocol):
-    """What moves: the loop's methods of the same names, or those of a server on another loop."""
-
-    @property
-    def connections(self) -> int: ...
-    def export_connections(
-        self, start: int, most: int, size: int, reasons: dict[str, int]
-    ) -> tuple[bytes, array[int], int]: ...
-    def relinquish_connections(
-        self, descriptors: array[int], skip: Collection[int]
-    ) -> tuple[list[int], dict[int, bytes]]: ...
-    def put_back_connections(self, descriptors: array[int], stay: bool) -> None: ...
-    def adopt_connections(self, records: Any, descriptors: array[int], generation: int) -> list[list[Any]]: ...
-    def start_connections(self, descriptors: array[int], skip: Collection[int], tails: Mapping[int, bytes]) -> None: ...
-    def drop_connections(self, descriptors: array[int], skip: Collection[int]) -> None: ...
 
 
 class Channel(NamedTuple):

@@ -249,7 +249,7 @@ class Giver(End):
     def _forgo(self, batches: deque[Batch]) -> None:
         while batches:
             batch = batches.popleft()
-            self.connections.drop_connections(batch.descriptors, ())
+            self.connections.forgo_connections(batch.descriptors)
             self.account.moved_out += len(batch.descriptors)
 
     def _relinquish(self) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from . import listeners
-from .channel import Account, Channel, Connections, End
+from .channel import Account, Channel, End
+from .connections import Connections
 from .controller import Server
 from .errors import Aborted, ListenError
 from .exchange import logger

@@ -109,16 +109,20 @@ def serve(
 
 
 def _run(server: NativeServer, member: Service) -> None:
+    left: list[int] = []
+
     def leave(signum: int) -> None:
+        left.append(signum)
+        if len(left) > 1:
+            server.loop.stop()
+            return
         logger.info("%s: draining %d connections", signal.Signals(signum).name, server.connections())
-        for each in SIGNALS:
-            server.loop.add_signal_handler(each, server.loop.stop)
         member.leave()
         server.end()
 
     for signum in SIGNALS:
         server.loop.add_signal_handler(signum, leave, signum)
-    for early in server.signals[:1]:
+    for early in server.signals:
         server.loop.call_soon(leave, early)
     server.loop.run()
     member.leave()

@@ -58,6 +58,11 @@ class Unmovable(asyncio.Protocol):
         self.transport.write(data)
 
 
+def say_farewell(count: int, how: str) -> None:
+    """Who is told that a connection is over, named by the lines it has had, and how it was told."""
+    print(f"farewell {count} {how}", flush=True)
+
+
 def obey(writer: Any, words: list[str]) -> None:
     """What a line asks for besides an answer."""
     if words[0] == "fill":
@@ -93,9 +98,11 @@ class Lines(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         WRITERS.discard(self.transport)
+        say_farewell(self.count, "lost")
 
     def connection_moved(self) -> None:
         WRITERS.discard(self.transport)
+        say_farewell(self.count, "moved")
 
     def eof_received(self) -> bool:
         if self.half:
@@ -146,6 +153,7 @@ async def lines_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
                         break
     finally:
         WRITERS.discard(writer)
+        say_farewell(connection.state.get("count", 0), "moved" if connection.gone else "lost")
         writer.close()
         await writer.wait_closed()
 

@@ -46,9 +46,17 @@ class Base:
         open_protocols.discard(self)
         if "losses" in WISHES:
             print(f"lost {type(error).__name__} {self.kept['count']}", flush=True)
+        self.say_farewell("lost")
 
     def connection_moved(self) -> None:
         open_protocols.discard(self)
+        self.say_farewell("moved")
+
+    def say_farewell(self, how: str) -> None:
+        if "farewells" in WISHES:
+            print(f"farewell {self.kept['count']} {how}", flush=True)
+            if WISHES["farewells"] == "raise":
+                raise ValueError("it does not want to go")
 
     def pause_writing(self) -> None:
         self.full = True
