@@ -33,7 +33,7 @@ def test_the_old_command_serves_its_connections_to_their_end(room: Room) -> None
         assert sock.recv(10) == b"one"
         deploy(room, {"version": 2})
         first.wait_for("stopping the command")
-        assert who(room)["version"] == 2
+        eventually(lambda: who(room)["version"] == 2, "newcomers come to the new command")
         sock.sendall(b"two")
         assert sock.recv(10) == b"two"
         assert first.running

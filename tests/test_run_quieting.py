@@ -215,12 +215,14 @@ def test_a_conversation_tells_who_waits_for_an_answer(listener: socket.socket) -
             assert look().awaits_its_first_answer
             client.sendall(b"hello\n")
             eventually(lambda: look().unread == 6, "the request has come")
-            assert look().awaits_its_first_answer and not look().may_be_idle
+            assert look().awaits_its_first_answer and not look().is_idle
             receive_exactly(server, 6)
             assert look().awaits_its_first_answer
             time.sleep(0.05)  # more than a step of the kernel's clock
             server.sendall(b"hello\n")
-            eventually(lambda: look().is_idle, "the answer is acknowledged")
+            assert look().is_idle
+            eventually(lambda: not look().unsent, "the answer is acknowledged")
+            assert look().is_idle
             assert not look().awaits_its_first_answer
             time.sleep(0.05)
             client.sendall(b"again\n")

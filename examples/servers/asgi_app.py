@@ -5,7 +5,7 @@ uvicorn:
         uvicorn asgi_app:app --fd {fd} --timeout-graceful-shutdown 25
 hypercorn:
     takeover run --listen tcp://127.0.0.1:8000 -- \
-        hypercorn asgi_app:app --bind fd://{fd} --workers 0 --graceful-timeout 25
+        hypercorn asgi_app:app --bind fd://{fd} --workers 0
 gunicorn with its own ASGI worker:
     takeover run --listen tcp://127.0.0.1:8000 -- \
         gunicorn asgi_app:app --worker-class asgi --graceful-timeout 25

@@ -80,6 +80,14 @@ from .run.options import Options, parse_listen, parse_signal
     metavar="S",
     help="Seconds that it has to end; then it is killed with all that it has started.",
 )
+@click.option(
+    "--drain-first",
+    is_flag=True,
+    envvar="TAKEOVER_DRAIN_FIRST",
+    show_envvar=True,
+    help="For a command that cuts off its connections at the stop signal: send it when none is left, or after as many "
+    "seconds. Idle ones are ended from outside.",
+)
 @cli_options.probation
 @click.option(
     "--service",

@@ -58,17 +58,17 @@ class Conversation(NamedTuple):
 
     @property
     def may_be_idle(self) -> bool:
-        """Whether the client has all of an answer, and nothing that it sent is unread."""
-        return not self.unread and not self.unsent and self.sent > 0
+        """Whether something was answered, and nothing that the client sent is unread."""
+        return not self.unread and self.sent > 0
 
     @property
     def is_idle(self) -> bool:
         """Whether the last data was an answer, for sure.
 
-        Where request and answer fall into one step of the clock, the acknowledgement of the answer tells: one that
-        comes with the next request is not later than that.
+        Where request and answer fall into one step of the clock, the acknowledgement of the answer tells: it is still
+        missing, or came later than the last data. A next request would have brought it.
         """
-        return self.may_be_idle and min(self.since_sent, self.since_heard) < self.since_received
+        return self.may_be_idle and (self.unsent > 0 or min(self.since_sent, self.since_heard) < self.since_received)
 
 
 def of(pids: Iterable[int], listeners: Sequence[socket.socket]) -> list[Conversation]:

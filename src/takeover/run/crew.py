@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 from takeover.errors import CommandError, UsageError
 from takeover.exchange import logger
 
-from . import process
+from . import orphans, process
 from .command import Listening, environment_of, executable_of, fill_in
 from .events import Events, Timer
 from .options import Options
 from .output import Relay
+from .quieting import Quieting
 from .readiness import Check, Way
 from .running import Running, in_words
 
@@ -240,6 +241,7 @@ class Crew:
         self.members = [Member(self) for _ in range(plan.options.workers)]
         self._on_ready, self._on_failed = on_ready, on_failed
         self._on_gone: Callable[[], object] | None = None
+        self._quieting: Quieting | None = None
 
     @property
     def pids(self) -> list[int]:
@@ -275,19 +277,36 @@ class Crew:
                 member.running.signal(signum)
 
     def stop(self, on_gone: Callable[[], object], timeout: float | None = None) -> None:
-        """Asks all processes to end, kills what is left after the stop timeout, and calls back when nothing is left."""
+        """Asks all processes to end, kills what is left after the stop timeout, and calls back when nothing is left.
+
+        They are asked when what they have accepted has become a request (quieting.py), in a second at most; or when
+        that has been served, where the command is to be drained first.
+        """
         if self.stopping:
             return
         self.stopping = True
         self._on_gone = on_gone
         for member in self.members:
             member.rest()
-        for tree in list(self.trees):
-            tree.stop(timeout)
+
+        def ask() -> None:
+            for tree in list(self.trees):
+                tree.stop(timeout)
+
+        options = self.plan.options
+        drain = (options.stop_timeout if timeout is None else timeout) if options.drain_first else 0.0
+        listeners = [listener.sock for listener in self.plan.listeners]
+        if self.trees:
+            self._quieting = Quieting(self.events, self._all_pids, listeners, ask, drain=drain)
         self._look_whether_gone()
+
+    def _all_pids(self) -> list[int]:
+        return [pid for tree in self.trees for pid in orphans.tree(tree.pid)]
 
     def kill(self) -> None:
         """Ends everything at once."""
+        if self._quieting is not None:
+            self._quieting.cancel()
         for tree in list(self.trees):
             tree.kill()
 
@@ -298,6 +317,8 @@ class Crew:
 
     def _look_whether_gone(self) -> None:
         if self.stopping and not self.trees and self._on_gone is not None:
+            if self._quieting is not None:
+                self._quieting.cancel()
             on_gone, self._on_gone = self._on_gone, None
             self.events.post(on_gone)
 

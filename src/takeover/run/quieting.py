@@ -14,7 +14,7 @@ between two, where they may close it. A few servers finish nothing and cut off e
 4. The signal waits until no connection is left. Those that are idle between two requests are ended from outside:
    shutdown(SHUT_RD) on a copy of the connection, so that the server reads an end of file, as if the client had left. A
    request that was on its way meanwhile is read first. For half of the time an answer counts as ended when nothing
-   more of it has come for REST; after that, each moment counts in which the client has all that was sent.
+   more of it has come for REST; after that, each moment counts in which the last data was an answer's.
 """
 
 from __future__ import annotations
