@@ -126,13 +126,17 @@ def test_where_no_line_matches_the_last_one_is_told(stage: Trials) -> None:
     assert "no line of it matches 'serving'; the last one: INFO  Running on http" in trial.check.why_not()
 
 
+def test_a_line_that_does_not_end_counts_after_a_pause(stage: Trials) -> None:
+    assert _relayed(stage, "line:ready", "ask_without_a_newline").run() == "it wrote: ready?"
+
+
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_lines_do_not_depend_on_the_pieces_that_they_come_in(size: int) -> None:
     text = b"one\r\n\x1b[1mtwo\x1b[0m lines\nthree"
     for wanted, found in (("^two lines$", "two lines"), ("three", "three"), ("four", None)):
         lines = Lines(wanted)
         pieces = [text[at : at + size] for at in range(0, len(text), size)]
-        assert next(filter(None, map(lines.search, pieces)), None) == found
+        assert (next(filter(None, map(lines.search, pieces)), None) or lines.search_unfinished()) == found
     assert lines.last == "three"
 
 

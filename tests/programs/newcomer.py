@@ -134,7 +134,7 @@ def fork_away() -> None:
         os._exit(0)
     os.setsid()
     print("went away as", os.getpid(), flush=True)
-    wait_in_epoll()
+    hang()
 
 
 def crash() -> None:
@@ -151,6 +151,31 @@ def say_ready_in_a_child() -> None:
         notify("READY=1")
         hang()
     os.wait()
+
+
+def say_ready_and_die() -> None:
+    notify("READY=1")
+    os._exit(3)
+
+
+def accept_once_and_die() -> None:
+    select.select(LISTENERS, [], [])
+    take(LISTENERS[0])
+    os._exit(4)
+
+
+def start_slowly() -> None:
+    time.sleep(60)
+    wait_in_epoll()
+
+
+def stop_itself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def ask_without_a_newline() -> None:
+    print("ready? ", end="", flush=True)
+    hang()
 
 
 def say_only_a_status() -> None:
@@ -203,7 +228,7 @@ def describe_terminal() -> None:
 
     def describe(*_: object) -> None:
         size = tuple(os.get_terminal_size(1)) if os.isatty(1) else ()
-        print(f"terminal {os.isatty(1)} {os.isatty(2)} {size}", flush=True)
+        os.write(1, f"terminal {os.isatty(1)} {os.isatty(2)} {size}\n".encode())
 
     signal.signal(signal.SIGWINCH, describe)
     describe()

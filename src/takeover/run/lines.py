@@ -12,10 +12,7 @@ _LONGEST = 8192
 
 
 class Lines:
-    """Searches each line for an expression, in bytes; a line that has not ended yet is searched as far as it goes.
-
-    `last` is the last line that had something in it, as text.
-    """
+    """Searches each line for an expression, in bytes. `last` is the last line that had something in it, as text."""
 
     def __init__(self, expression: str) -> None:
         self.last = ""
@@ -23,13 +20,17 @@ class Lines:
         self._unfinished = b""
 
     def search(self, data: bytes) -> str | None:
-        """The first line that matches, with what has come now; None if there is none."""
+        """The first line that has ended with what has come now and that matches; None if there is none."""
         *lines, self._unfinished = (self._unfinished + data).split(b"\n")
         self._unfinished = self._unfinished[:_LONGEST]
-        for line in [*lines, self._unfinished]:
-            plain = _CONTROL.sub(b"", line[:_LONGEST])
-            text = plain.decode(errors="replace").strip()
-            self.last = text or self.last
-            if plain and self._expression.search(plain):
-                return text
-        return None
+        return next(filter(None, map(self._match, lines)), None)
+
+    def search_unfinished(self) -> str | None:
+        """The line that has not ended yet, a prompt for instance, if it matches as far as it goes."""
+        return self._match(self._unfinished)
+
+    def _match(self, line: bytes) -> str | None:
+        plain = _CONTROL.sub(b"", line[:_LONGEST])
+        text = plain.decode(errors="replace").strip()
+        self.last = text or self.last
+        return text if text and self._expression.search(plain) else None

@@ -115,10 +115,10 @@ class _Stream:
     def _run(self) -> None:
         try:
             while data := self._read():
+                self._write(memoryview(data))  # first, so that what is logged upon it comes after it
                 if self._on_output is not None:
                     self._taken.acquire()
                     self._events.post(lambda piece=data: self._deliver(piece))  # type: ignore[misc]
-                self._write(memoryview(data))
         except OSError:
             pass  # our reader has gone: the process is to see the same on its own output
         finally:

@@ -30,6 +30,9 @@ PROBE = "probe"
 SOONEST, LATEST = 0.005, 0.1
 """Seconds between two looks at a command: a tenth of the time that it has taken so far, within these bounds."""
 
+PAUSE = 0.3
+"""Seconds without output after which a line that has not ended counts as one."""
+
 RARELY = 1.0
 """Seconds between two requests or commands that ask it, at most; else as between two looks."""
 
@@ -127,10 +130,17 @@ class Check:
 
     def output(self, data: bytes) -> None:
         """What the process has written."""
-        if self._lines is not None and not self._over:
-            line = self._lines.search(data)
-            if line is not None:
-                self._succeed(f"it wrote: {diagnosis.printable(line)[:200]}")
+        lines = self._lines
+        if lines is not None and not self._over:
+            self._has_written(lines.search(data))
+            if not self._over:
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer = self._events.call_later(PAUSE, lambda: self._has_written(lines.search_unfinished()))
+
+    def _has_written(self, line: str | None) -> None:
+        if line is not None:
+            self._succeed(f"it wrote: {diagnosis.printable(line)[:200]}")
 
     def why_not(self, status: int | None = None) -> str:
         """One line on what was seen, for a process that has died or has used up its time; empty if that was nothing.
