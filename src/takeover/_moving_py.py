@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ._transport_py import Transport
-from .borrowed import BorrowedSocket
+from .borrowed import let_go, own
 from .connections import Connections
 from .records import (
     CLOSING,
@@ -133,25 +133,26 @@ def _adopt(loop: Loop, fd: int, record: Record, generation: int) -> None:
     if home is None:
         raise Stays("listener")
     try:
-        with BorrowedSocket(fd) as borrowed:
-            family, kind = borrowed.family, borrowed.type
-        os.set_blocking(fd, False)
+        sock = own(fd)
     except OSError:
         raise Stays("socket") from None
-    if kind != socket.SOCK_STREAM:
-        raise Stays("socket")
-    if len(record.unread):
-        raise Stays("unread")
-    protocol = protocol_for(home, record)
-    peer = unpack_peer(record.peer) if record.peer else None
-    sock = socket.socket(family, kind, fileno=fd)
     try:
+        if sock.type != socket.SOCK_STREAM:
+            raise Stays("socket")
+        os.set_blocking(fd, False)
+        if len(record.unread):
+            raise Stays("unread")
+        protocol = protocol_for(home, record)
+        peer = unpack_peer(record.peer) if record.peer else None
         transport = Transport(loop, sock, peer, protocol, record.listener)
         _take_on(transport, record)
         transport.moved = Moved(generation, min(record.times + 1, 255))
         loop.admit(transport)
+    except OSError:
+        let_go(sock)
+        raise Stays("socket") from None
     except BaseException:
-        sock.detach()
+        let_go(sock)
         raise
 
 
@@ -248,7 +249,6 @@ class Mover(Connections):
 
     def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
         refused: list[list[Any]] = []
-        taken: list[int] = []
         loop = cast("Loop", self)
         try:
             loop.check_open()
@@ -260,14 +260,12 @@ class Mover(Connections):
                     refused.append([index, *stays.args])
                 except MemoryError:
                     refused.append([index, "memory"])
-                else:
-                    taken.append(fd)
             for index, _ in refused:
                 os.close(descriptors[index])
         except BaseException:
-            for fd in taken:
-                self.transports[fd].part()
             for fd in descriptors:
+                if fd in self.transports:
+                    self.transports[fd].part()
                 os.close(fd)
             raise
         return refused

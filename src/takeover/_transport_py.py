@@ -10,6 +10,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from ._sockets import TransportSocket
+from .borrowed import let_go
 
 if TYPE_CHECKING:
     import asyncio
@@ -246,7 +247,7 @@ class Transport:
         self._lost = True
         self._backlog.clear()
         self._unsent = 0
-        return self._sock.detach()
+        return let_go(self._sock)
 
     def append(self, data: bytes) -> None:
         """Queue bytes behind the backlog of a held connection."""
@@ -335,8 +336,11 @@ class Transport:
             wanted |= selectors.EVENT_READ
         if self._unsent and not self._held:
             wanted |= selectors.EVENT_WRITE
-        self._loop.watch(self._sock, self._watched, wanted, self)
-        self._watched = wanted
+        try:
+            self._loop.watch(self._sock, self._watched, wanted, self)
+            self._watched = wanted
+        except OSError as error:
+            self._lose(error)
 
     def _shut_down(self) -> None:
         with contextlib.suppress(OSError):  # the peer has reset the connection, which the next read tells
@@ -385,4 +389,4 @@ class Transport:
         finally:
             self._learn_local_name()
             self._loop.forget(self)
-            os.close(self._sock.detach())
+            os.close(let_go(self._sock))

@@ -20,6 +20,7 @@ from ._moving_py import Stays, protocol_for, state_of
 from .aio_entrance import Arrival, Entrance, Home, Porch, Seat, feed
 from .aio_halves import end_is_next, end_is_sent
 from .aio_streams import Stream
+from .borrowed import let_go, own
 from .connections import Connections
 from .records import EOF_RECEIVED, EOF_WRITTEN, HAS_STATE, PAUSED, Moved, Record, pack_peer, unpack
 
@@ -230,35 +231,32 @@ class Mover(Connections):
 
     def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
         refused: list[list[Any]] = []
-        arrivals: dict[int, Arrival] = {}
         try:
             found = unpack(records, len(descriptors))
             for index, (descriptor, record) in enumerate(zip(descriptors, found, strict=True)):
                 try:
-                    arrivals[descriptor] = self._adopt(descriptor, record, generation)
+                    self._adopt(descriptor, record, generation)
                 except Stays as stays:
                     refused.append([index, *stays.args])
                 except MemoryError:
                     refused.append([index, "memory"])
-            self._arrivals.update(arrivals)
             for index, _ in refused:
                 os.close(descriptors[index])
         except BaseException:
-            for descriptor, arrival in arrivals.items():
-                arrival.socket.detach()
-                self._arrivals.pop(descriptor, None)
             for descriptor in descriptors:
+                if descriptor in self._arrivals:
+                    let_go(self._arrivals.pop(descriptor).socket)
                 os.close(descriptor)
             raise
         return refused
 
-    def _adopt(self, descriptor: int, record: Record, generation: int) -> Arrival:
+    def _adopt(self, descriptor: int, record: Record, generation: int) -> None:
         """Whatever it raises, the descriptor is the caller's then."""
         home = self.homes.get(record.listener)
         if home is None:
             raise Stays("listener")
         try:
-            sock = socket.socket(fileno=descriptor)
+            sock = own(descriptor)
         except OSError:
             raise Stays("socket") from None
         try:
@@ -274,12 +272,12 @@ class Mover(Connections):
                     protocol.reader.feed_eof()
             # The parts of a record lead into a buffer that is large, or is gone when the batch is.
             record = record._replace(unread=bytes(record.unread), unsent=bytes(record.unsent), state=b"")
-            return Arrival(home, record, sock, protocol, moved)
+            self._arrivals[descriptor] = Arrival(home, record, sock, protocol, moved)
         except OSError:
-            sock.detach()
+            let_go(sock)
             raise Stays("socket") from None
         except BaseException:
-            sock.detach()
+            let_go(sock)
             raise
 
     def start_connections(self, descriptors: array[int], skip: Collection[int], tails: Mapping[int, bytes]) -> None:

@@ -1,4 +1,4 @@
-"""A socket object for a descriptor that stays somebody else's."""
+"""Socket objects for descriptors that stay somebody else's, or change hands, also where memory runs out."""
 
 from __future__ import annotations
 
@@ -20,9 +20,32 @@ class BorrowedSocket(socket.socket):
         if descriptor < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         blocking = None if socket.getdefaulttimeout() is None else os.get_blocking(descriptor)
-        super().__init__(family, type, protocol, fileno=descriptor)
-        if blocking is not None:
-            self.setblocking(blocking)
+        try:
+            super().__init__(family, type, protocol, fileno=descriptor)
+            if blocking is not None:
+                self.setblocking(blocking)
+        except BaseException:
+            let_go(self)
+            raise
 
     def __exit__(self, *exc_info: object) -> None:
-        self.detach()
+        let_go(self)
+
+
+def let_go(sock: socket.socket) -> int:
+    """The descriptor of a socket object, which is the caller's from now on.
+
+    What socket.detach() does too, but that needs memory, and where there is none the descriptor ends with the object.
+    """
+    return socket.SocketType.detach(sock)
+
+
+def own(descriptor: int, family: int = -1, kind: int = -1) -> socket.socket:
+    """A socket object that owns the descriptor now. Whatever it raises, the descriptor is the caller's still."""
+    sock = socket.socket.__new__(socket.socket)
+    try:
+        socket.socket.__init__(sock, family, kind, fileno=descriptor)
+    except BaseException:
+        let_go(sock)
+        raise
+    return sock

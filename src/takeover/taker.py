@@ -90,8 +90,8 @@ class Taker(End):
         collector.rest(self)
         try:
             body = self._records(self.frame, len(descriptors), size)
-        except OSError as error:
-            logger.warning("no memory for %s bytes of connections: %s; they go back", f"{size:,}", error.strerror)
+        except (OSError, MemoryError) as error:
+            logger.warning("no memory for %s bytes of connections (%r); they go back", f"{size:,}", error)
             body, self._refused = memoryview(b""), [[index, "memory"] for index in range(len(descriptors))]
         else:
             del self.frame.descriptors[: len(descriptors)]
@@ -99,9 +99,13 @@ class Taker(End):
         finally:
             close_all(self.frame.descriptors)
             del self.frame.descriptors[:]
-        skip = frozenset(index for index, _ in self._refused)
+        skip = [index for index, _ in self._refused]
+        try:
+            self.batches.append(Batch(number, descriptors, taken, frozenset(skip)))
+        except BaseException:
+            self.connections.drop_connections(descriptors, skip)
+            raise
         self._adopted += len(descriptors) - len(skip)
-        self.batches.append(Batch(number, descriptors, taken, skip))
         self.account.state_bytes += len(body)
         self.account.refused.update(word for _, word in self._refused)
 

@@ -1,0 +1,349 @@
+"""A batch is adopted as a whole or not at all: each connection is served or refused, each descriptor closed once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from array import array
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from channel_cases import Scene, Tally
+from takeover import _loop_py
+from takeover import taker as taker_module
+from takeover.aio_entrance import Home
+from takeover.aio_moving import Mover
+from takeover.errors import RemoteProtocolError
+from takeover.records import HAS_STATE, Record, pack_peer
+
+COUNT = 5
+THIRD = 2
+PEER = pack_peer(socket.AF_INET, ("127.0.0.1", 1))
+
+
+class Troubled(Tally):
+    """Its state says what goes wrong where it is read."""
+
+    def import_state(self, state: bytes) -> None:
+        trouble = {b"memory": MemoryError, b"value": ValueError, b"exit": SystemExit}.get(state)
+        if trouble is not None:
+            raise trouble
+        super().import_state(state)
+
+
+class Offer:
+    """Connections as they come from another process: the clients' ends are kept, the others are the loop's to take."""
+
+    def __init__(self, inode: int, states: list[bytes], **more: Any) -> None:
+        pairs = [socket.socketpair() for _ in states]
+        self.clients = [client for client, _ in pairs]
+        self.descriptors = array("i", [served.detach() for _, served in pairs])
+        self.inodes = [os.fstat(fd).st_ino for fd in self.descriptors]
+        fixed = Record(inode, HAS_STATE, 0, PEER, 0, 65536, 16384, b"", b"", b"")._replace(**more)
+        self.records = [fixed._replace(state=state) for state in states]
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(record.pack() for record in self.records)
+
+    def open_here(self, index: int) -> bool:
+        """Whether the descriptor is open still, and is the one that came."""
+        try:
+            return os.fstat(self.descriptors[index]).st_ino == self.inodes[index]
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+
+
+@pytest.fixture
+def offers() -> Iterator[Callable[..., Offer]]:
+    made: list[Offer] = []
+
+    def make(*arguments: Any, **more: Any) -> Offer:
+        made.append(Offer(*arguments, **more))
+        return made[-1]
+
+    yield make
+    for offer in made:
+        offer.close()
+
+
+@pytest.fixture
+def scene(loop_module: ModuleType) -> Iterator[Scene]:
+    scene = Scene(loop_module, loop_module, Troubled)
+    yield scene
+    scene.close()
+
+
+@pytest.fixture
+def plain() -> Iterator[Scene]:
+    """A scene on the plain loop, whose system calls can be watched and be made to fail from here."""
+    scene = Scene(_loop_py, _loop_py, Troubled)
+    yield scene
+    scene.close()
+
+
+def take(scene: Scene, offer: Offer) -> list[list[Any]]:
+    return scene.loops[1].adopt_connections(offer.body, offer.descriptors, 1)  # type: ignore[no-any-return]
+
+
+def check(offer: Offer, refused: list[list[Any]], connections: int) -> None:
+    """Who was refused is closed, and all the others are in the loop."""
+    indices = {index for index, _ in refused}
+    assert connections == len(offer.descriptors) - len(indices)
+    for index in range(len(offer.descriptors)):
+        assert offer.open_here(index) is (index not in indices)
+
+
+def check_none(offer: Offer, connections: int) -> None:
+    assert connections == 0
+    assert not any(map(offer.open_here, range(len(offer.descriptors))))
+    for client in offer.clients:
+        assert client.recv(1) == b""
+
+
+def serve(scene: Scene, offer: Offer, refused: list[list[Any]]) -> None:
+    """Starts what was adopted, which answers."""
+    skip = [index for index, _ in refused]
+    scene.loops[1].start_connections(offer.descriptors, skip, {})
+    scene.answers([client for index, client in enumerate(offer.clients) if index not in skip])
+
+
+@pytest.mark.parametrize(("trouble", "word"), [(b"memory", "memory"), (b"value", "state")])
+def test_one_whose_state_cannot_be_read_is_refused_and_the_others_are_served(
+    scene: Scene, offers: Callable[..., Offer], trouble: bytes, word: str
+) -> None:
+    offer = offers(scene.inode, [trouble if index == THIRD else b"" for index in range(COUNT)])
+    refused = take(scene, offer)
+    assert refused == [[THIRD, word]]
+    check(offer, refused, scene.counts()[1])
+    serve(scene, offer, refused)
+
+
+@pytest.mark.parametrize("index", [0, THIRD, COUNT - 1])
+def test_one_that_ends_the_program_leaves_none_of_the_batch_behind(
+    scene: Scene, offers: Callable[..., Offer], index: int
+) -> None:
+    offer = offers(scene.inode, [b"exit" if each == index else b"" for each in range(COUNT)])
+    with pytest.raises(SystemExit):
+        take(scene, offer)
+    check_none(offer, scene.counts()[1])
+
+
+def test_each_wrong_record_is_refused_by_its_word(scene: Scene, offers: Callable[..., Offer]) -> None:
+    offer = offers(scene.inode, [b""] * 6)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+        os.dup2(datagrams.fileno(), offer.descriptors[1])
+        offer.inodes[1] = os.fstat(offer.descriptors[1]).st_ino
+    offer.records[2] = offer.records[2]._replace(listener=1)
+    offer.records[3] = offer.records[3]._replace(version=7)
+    offer.records[4] = offer.records[4]._replace(unread=b"unread")
+    offer.records[5] = offer.records[5]._replace(flags=0)
+    refused = take(scene, offer)
+    assert refused == [[1, "socket"], [2, "listener"], [3, "version"], [4, "unread"], [5, "handler"]]
+    check(offer, refused, scene.counts()[1])
+    serve(scene, offer, refused)
+
+
+@pytest.mark.parametrize("cut", [slice(None, -1), slice(1, None), slice(0, 0), slice(None, 40)])
+def test_garbled_records_leave_none_of_the_batch_behind(scene: Scene, offers: Callable[..., Offer], cut: slice) -> None:
+    offer = offers(scene.inode, [b"state"] * COUNT)
+    with pytest.raises(RemoteProtocolError):
+        scene.loops[1].adopt_connections(offer.body[cut], offer.descriptors, 1)
+    check_none(offer, scene.counts()[1])
+
+
+def test_a_loop_that_is_closed_closes_what_it_is_given(scene: Scene, offers: Callable[..., Offer]) -> None:
+    offer = offers(scene.inode, [b""] * COUNT)
+    scene.loops[1].close()
+    with pytest.raises(RuntimeError):
+        take(scene, offer)
+    check_none(offer, 0)
+
+
+def test_each_descriptor_is_closed_once(
+    plain: Scene, offers: Callable[..., Offer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number that is closed twice may be somebody else's by then."""
+    closed: list[int] = []
+    close = os.close
+
+    def watched(fd: int) -> None:
+        closed.append(fd)
+        close(fd)
+
+    monkeypatch.setattr(os, "close", watched)
+    for states in ([b"", b"value", b"memory"], [b"", b"value", b"exit", b""]):
+        offer = offers(plain.inode, states)
+        closed.clear()
+        with contextlib.suppress(SystemExit):
+            take(plain, offer)
+        expected = offer.descriptors[1:3] if len(states) == 3 else offer.descriptors
+        assert sorted(closed) == sorted(expected)
+
+
+def test_fcntl_that_fails_refuses_that_one_connection(
+    plain: Scene, offers: Callable[..., Offer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer = offers(plain.inode, [b""] * COUNT)
+    set_blocking = os.set_blocking
+
+    def fail(fd: int, blocking: bool) -> None:
+        if fd == offer.descriptors[THIRD]:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        set_blocking(fd, blocking)
+
+    monkeypatch.setattr(os, "set_blocking", fail)
+    refused = take(plain, offer)
+    assert refused == [[THIRD, "socket"]]
+    check(offer, refused, plain.counts()[1])
+    serve(plain, offer, refused)
+
+
+def test_epoll_ctl_that_fails_costs_that_one_connection_and_its_handler_is_told(
+    scene: Scene, offers: Callable[..., Offer], tmp_path: os.PathLike[str]
+) -> None:
+    """A file in the place of the socket: epoll_ctl says EPERM."""
+    offer = offers(scene.inode, [b""] * COUNT)
+    assert take(scene, offer) == []
+    with open(os.path.join(tmp_path, "file"), "wb") as file:
+        os.dup2(file.fileno(), offer.descriptors[THIRD])
+    scene.loops[1].start_connections(offer.descriptors, (), {})
+    scene.until(lambda: scene.counts()[1] == COUNT - 1)
+    assert [protocol.lost for protocol in scene.protocols[1]] == [index == THIRD for index in range(COUNT)]
+    assert offer.clients[THIRD].recv(1) == b""
+    scene.answers([client for index, client in enumerate(offer.clients) if index != THIRD])
+
+
+def test_one_that_ends_the_program_at_its_start_keeps_the_others_from_nothing(
+    scene: Scene, offers: Callable[..., Offer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer = offers(scene.inode, [b""] * COUNT)
+    assert take(scene, offer) == []
+    made: list[Any] = []
+
+    def connection_made(self: Troubled, transport: Any) -> None:
+        self.transport = transport
+        made.append(self)
+        if len(made) == THIRD:
+            raise SystemExit
+
+    monkeypatch.setattr(Troubled, "connection_made", connection_made)
+    with pytest.raises(SystemExit):
+        scene.loops[1].start_connections(offer.descriptors, (), {})
+    assert len(made) == COUNT
+    scene.answers(offer.clients)
+
+
+def test_a_batch_that_the_taker_cannot_note_down_goes_back(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.connect(COUNT)
+    giver, taker = scene.move()
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(taker_module, "Batch", fail)
+    scene.until(lambda: giver.finished and taker.finished)
+    assert scene.counts() == (COUNT, 0)
+    scene.answers()
+    assert caplog.text.count("the channel to pid") == 1
+
+
+# Each allocation of the interpreter fails in its turn.
+
+
+def sweep(adopt: Callable[..., list[list[Any]]], make: Callable[[], Offer], count: Callable[[], int]) -> int:
+    """Has each allocation fail until none does any more; after each try either all is refused or adopted, or nothing.
+
+    Returns how many connections were refused for want of memory, in all.
+    """
+    testcapi = pytest.importorskip("_testcapi", reason="this Python cannot fail allocations")
+    refusals = 0
+    for number in range(1, 3000):
+        offer = make()
+        arguments = offer.body, offer.descriptors, 1
+        testcapi.set_nomemory(number, number + 1)
+        try:
+            refused = adopt(*arguments)
+        except MemoryError:
+            refused = None  # type: ignore[assignment]
+        finally:
+            testcapi.remove_mem_hooks()
+        if refused is None:
+            check_none(offer, count())
+            continue
+        check(offer, refused, count())
+        refusals += len(refused)
+        assert {word for _, word in refused} <= {"memory", "state"}
+        if not refused and number > 200:
+            return refusals
+    raise AssertionError("there is no end of allocations")
+
+
+@pytest.mark.parametrize("handler", [Troubled, "echo"], ids=["protocol", "native"])
+def test_whichever_allocation_fails_no_connection_is_half_adopted(
+    loop_module: ModuleType, offers: Callable[..., Offer], handler: Any
+) -> None:
+    scene = Scene(loop_module, loop_module, handler)
+    scene.protocols = (Nothing(), Nothing())
+    flags = 0 if handler == "echo" else HAS_STATE
+    made: list[Offer] = []
+
+    def make() -> Offer:
+        for offer in made:
+            scene.loops[1].drop_connections(offer.descriptors, [i for i in range(COUNT) if not offer.open_here(i)])
+            offer.close()
+        made[:] = [offers(scene.inode, [b"" if handler == "echo" else b"state"] * COUNT, flags=flags)]
+        return made[0]
+
+    refusals = sweep(scene.loops[1].adopt_connections, make, lambda: scene.counts()[1])
+    assert refusals or handler == "echo"
+    serve(scene, made[0], [])
+    scene.close()
+
+
+class Nothing(list[Any]):
+    """Keeps nothing."""
+
+    def append(self, _: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_on_other_loops_too_no_connection_is_half_adopted(loop: str, offers: Callable[..., Offer]) -> None:
+    made = asyncio.new_event_loop() if loop == "asyncio" else pytest.importorskip("uvloop").new_event_loop()
+
+    async def play() -> None:
+        mover = Mover(made)
+        mover.homes[1] = Home(1, Troubled)
+        last: list[Offer] = []
+
+        def make() -> Offer:
+            for offer in last:
+                mover.drop_connections(offer.descriptors, [i for i in range(COUNT) if not offer.open_here(i)])
+                offer.close()
+            last[:] = [offers(1, [b"state"] * COUNT)]
+            return last[0]
+
+        assert sweep(mover.adopt_connections, make, lambda: mover.connections)
+        mover.start_connections(last[0].descriptors, (), {})
+        for client in last[0].clients:
+            client.setblocking(False)
+            await made.sock_sendall(client, b"ask")
+            assert await made.sock_recv(client, 10) == b"ASK"
+        mover.abort()
+        await asyncio.sleep(0)
+
+    with contextlib.closing(made):
+        made.run_until_complete(play())
