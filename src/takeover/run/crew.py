@@ -22,6 +22,7 @@ from .options import Options
 from .output import Relay
 from .quieting import Quieting
 from .readiness import Check, Way
+from .remains import MARK, mark
 from .running import Running, in_words
 
 FIRST_PAUSE = 0.1
@@ -78,6 +79,8 @@ class Member:
             environment = environment_of(names, check.environment)
             outputs = self._relay_output(check)
             pid = process.start(executable_of(words[0]), words, environment, descriptors, plan.ignored, outputs)
+            environment = environment_of(names, {**check.environment, MARK: mark(plan.options.control)})
+            pid = process.start(executable_of(words[0]), words, environment, descriptors, plan.ignored)
         except (CommandError, UsageError) as error:
             self._begin_relay()
             reason = str(error)

@@ -14,6 +14,8 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
+from .proc import environment
+
 
 def parents() -> dict[int, tuple[int, int]]:
     """The parent and the process group of each process that lives, from proc_pid_stat(5)."""
@@ -41,29 +43,23 @@ def descendants(roots: Iterable[int], known: Mapping[int, tuple[int, int]]) -> l
     return found
 
 
-def tree(root: int) -> list[int]:
-    """What lives of one process of the command: itself, its descendants, and the orphans that it has left behind."""
+def tree(root: int, *, ended: bool = False) -> list[int]:
+    """What lives of one process of the command: itself, its descendants, and the orphans that it has left behind.
+
+    ended: it was waited for, and its pid may be somebody else's by now.
+    """
     known = parents()
     own = os.getpid()
-    orphans = [
-        pid
-        for pid, (parent, group) in known.items()
-        if parent == own and pid != root and (group == root or _was_given_to(pid) == root)
+    roots = [
+        pid for pid, (parent, group) in known.items() if parent == own and pid != root and _is_of(pid, group, root)
     ]
-    roots = [*([root] if root in known else []), *orphans]
+    if not ended and root in known:
+        roots.append(root)
     return [*roots, *descendants(roots, known)]
 
 
-def _was_given_to(pid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            for word in file.read().split(b"\0"):
-                name, _, value = word.partition(b"=")
-                if name == b"LISTEN_PID" and value.isdigit():
-                    return int(value)
-    except OSError:
-        pass
-    return 0
+def _is_of(orphan: int, group: int, root: int) -> bool:
+    return group == root or environment(orphan).get("LISTEN_PID") == str(root)
 
 
 def kill(pids: Iterable[int], signum: int = signal.SIGKILL) -> None:

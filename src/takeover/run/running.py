@@ -64,7 +64,10 @@ class Running:
         """Ends everything at once."""
         self._killing = True
         if not self.gone:
-            orphans.kill(orphans.tree(self.pid))
+            orphans.kill(self._tree())
+
+    def _tree(self) -> list[int]:
+        return orphans.tree(self.pid, ended=self.ended)
 
     def _ask_to_stop(self, pids: list[int]) -> None:
         orphans.kill(pids, self._stop_signal)
@@ -72,7 +75,7 @@ class Running:
         self._asked.update(pids)
 
     def _overtime(self) -> None:
-        left = orphans.tree(self.pid)
+        left = self._tree()
         if left:
             logger.warning(
                 "pid %d has not ended within the stop timeout: killing %d process%s",
@@ -89,7 +92,7 @@ class Running:
 
     def _look_for_rest(self) -> None:
         """What has lost its parent is our child now: each that ends may leave others behind."""
-        left = orphans.tree(self.pid)
+        left = self._tree()
         if not left:
             self.gone = True
             if self._deadline is not None:

@@ -20,7 +20,7 @@ from takeover.errors import Aborted, CommandError, Interrupted, TakeoverError
 from takeover.exchange import logger
 from takeover.service import Service, join
 
-from . import orphans, output, process, readiness
+from . import orphans, output, process, readiness, remains
 from .command import Listening, executable_of, fill_in
 from .crew import FAILED_STOP, Crew, Plan
 from .events import Events
@@ -42,6 +42,10 @@ PASSED_ON = (
 
 LAST_OUTPUT = 5.0
 """Seconds for the rest of what the command has written, at the end, where it is passed on and its reader is slow."""
+
+
+LAST_ACCEPTS = 0.2
+"""Seconds in which the command can accept what waits in the queue of a listener that its successor does not use."""
 
 
 class Moment(enum.Enum):
@@ -80,6 +84,7 @@ class Supervisor(Server):
         self._ending = False
         self._asked_to_stop = 0
         self._reload_again = False
+        self._unused: frozenset[str] = frozenset()
         self._status = 0
         self._failure: TakeoverError | None = None
 
@@ -124,7 +129,7 @@ class Supervisor(Server):
         """The listeners of the command. What is bound anew listens at once, since the command takes it as it comes."""
         found = []
         for name, url in self.options.listen:
-            for sock in service.listen_all(url, name=name or None):
+            for sock in self._bind(service, url, name):
                 if sock.type == socket.SOCK_STREAM:
                     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                         sockets.listen(sock, url)
@@ -134,6 +139,12 @@ class Supervisor(Server):
                 found.append(Listening(name, url, sock))
         fill_in(self.options.command, found)
         return found
+
+    def _bind(self, service: Service, url: str, name: str) -> list[socket.socket]:
+        def bind() -> list[socket.socket]:
+            return service.listen_all(url, name=name or None)
+
+        return bind() if service.state == "joining" else remains.clear_away(self.options.control, bind)
 
     def _muster(self, on_ready: Callable[[], object], on_failed: Callable[[str], object]) -> Crew:
         assert self._plan is not None
@@ -275,9 +286,22 @@ class Supervisor(Server):
     def _taken_over(self) -> None:
         if self._ending:
             return
-        logger.info("stopping the command (%s)", ", ".join(map(_pids, self._crews)))
         self._tell(Moment.TAKEN_OVER, "taken over")
-        self._end()
+        if self._refuse_on_unused():
+            self.events.call_later(LAST_ACCEPTS, self._end_taken_over)
+        else:
+            self._end_taken_over()
+
+    def _refuse_on_unused(self) -> bool:
+        """Lets nobody new into the queues of listeners that the successor has no use for; True if there are any."""
+        assert self.service is not None and self._plan is not None
+        unused = [each.sock for each in self._plan.listeners if self.service.name_of(each.sock) in self._unused]
+        return any([sockets.refuse_new(sock) for sock in unused])
+
+    def _end_taken_over(self) -> None:
+        if not self._ending:
+            logger.info("stopping the command (%s)", ", ".join(map(_pids, self._crews)))
+            self._end()
 
     # Signals.
 
@@ -305,6 +329,9 @@ class Supervisor(Server):
             self.crew.signal(signum)
 
     # Called by the control thread.
+
+    def stop_accepting(self, kept: frozenset[str]) -> None:
+        self._unused = kept
 
     def drain(self) -> None:
         self.events.post(self._taken_over)
