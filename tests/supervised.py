@@ -38,7 +38,7 @@ def supervise(
 
     started: words before the supervisor's own, to start it with. process: settings of the Popen.
     """
-    settings: dict[str, Any] = {"control": room.control, "ready": "delay:0.1", "probation": 0.0, **options}
+    settings: dict[str, Any] = {"control": room.control, "probation": 0.0, **options}
     wanted = Options(parse_listen(listen or [room.url]), tuple(command) or served(wishes, *words), **settings)
     return room.run(*started, sys.executable, MAIN, wanted.to_json(), **(process or {}))
 

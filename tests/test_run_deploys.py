@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+import signal
+
 import pytest
 
 from clients import eventually
 from processes import Room
-from supervised import deploy, supervise, wait_until_gone, who
+from supervised import deploy, processes_of, supervise, wait_until_gone, who
 
 
 def test_starting_it_again_is_the_deploy_and_no_connection_fails(room: Room) -> None:
@@ -69,3 +73,141 @@ def test_stop_ends_the_service_and_leaves_nothing(room: Room) -> None:
     assert first.wait() == 0
     wait_until_gone(pid)
     eventually(lambda: room.left_behind() == [], "nothing is left behind")
+
+
+def test_hup_replaces_the_command_in_place_and_no_connection_fails(room: Room) -> None:
+    wishes = os.path.join(room.folder, "wishes")
+    supervisor = deploy(room, {"version": 1, "file": wishes})
+    old = who(room)["pid"]
+    client = room.pound()
+    pathlib.Path(wishes).write_text('{"version": 2}')
+    supervisor.signal(signal.SIGHUP)
+    supervisor.wait_for("the new command serves; stopping the old one")
+    wait_until_gone(old)
+    assert who(room)["version"] == 2
+    client.goes_on()
+    client.stop()
+    assert client.lost == []
+    assert room.status()["generation"] == 1
+
+
+def test_a_replacement_that_fails_leaves_the_old_command_serving(room: Room) -> None:
+    wishes = os.path.join(room.folder, "wishes")
+    supervisor = deploy(room, {"file": wishes})
+    old = who(room)["pid"]
+    pathlib.Path(wishes).write_text('{"exit": 5}')
+    supervisor.signal(signal.SIGHUP)
+    supervisor.wait_for("the command was not replaced")
+    assert "exit status 5" in supervisor.text and who(room)["pid"] == old
+    pathlib.Path(wishes).unlink()
+    supervisor.signal(signal.SIGHUP)
+    supervisor.wait_for("the new command serves")
+    wait_until_gone(old)
+
+
+def test_a_hup_during_a_hup_replaces_once_more_afterwards(room: Room) -> None:
+    gate = os.path.join(room.folder, "gate")
+    pathlib.Path(gate).touch()
+    supervisor = deploy(room, {"waits_for": gate})
+    os.unlink(gate)
+    supervisor.signal(signal.SIGHUP)
+    supervisor.wait_for("replacing the command")
+    supervisor.signal(signal.SIGHUP)
+    supervisor.wait_for("once more when that is over")
+    pathlib.Path(gate).touch()
+    eventually(lambda: supervisor.text.count("the new command serves") == 2, "it was replaced twice")
+    eventually(lambda: len(supervisor.text.split("ended ")) == 3, "the two older ones have ended")
+
+
+def test_a_hup_while_a_successor_takes_over_leaves_the_successor_alone(room: Room) -> None:
+    gate = os.path.join(room.folder, "gate")
+    first = deploy(room, {"version": 1})
+    second = supervise(room, {"version": 2, "waits_for": gate})
+    first.wait_for("asks for the service")
+    first.signal(signal.SIGHUP)
+    first.wait_for("the new command serves")
+    first.signal(signal.SIGHUP)
+    pathlib.Path(gate).touch()
+    room.wait_for_owner(second)
+    assert first.wait() == 0
+    assert who(room)["version"] == 2
+
+
+def test_a_dry_run_tells_whether_it_would_work_and_changes_nothing(room: Room) -> None:
+    first = deploy(room, {"version": 1})
+    good = supervise(room, {"version": 2}, dry_run=True)
+    assert good.wait() == 0
+    good.wait_for("would have worked")
+    bad = supervise(room, {"exit": 9}, dry_run=True, ready="delay:30")
+    assert bad.wait() == 1
+    assert room.owner() == first.pid and who(room)["version"] == 1
+    first.signal(signal.SIGTERM)
+    assert first.wait() == 0
+    assert supervise(room, dry_run=True).wait() == 0
+    assert room.left_behind() == []
+
+
+def test_strict_fails_unless_the_listeners_are_those_of_the_incumbent(room: Room) -> None:
+    first = deploy(room, {"version": 1})
+    second = supervise(room, listen=[room.url, f"unix:{room.folder}/more"], strict=True)
+    assert second.wait() == 1
+    assert "strict: " in second.text.splitlines()[-1]
+    assert room.owner() == first.pid and who(room)["version"] == 1
+    deploy(room, {"version": 2}, strict=True)
+    assert who(room)["version"] == 2
+
+
+def test_a_service_of_another_name_is_not_taken_over(room: Room) -> None:
+    first = deploy(room, {"version": 1}, service="shop")
+    second = supervise(room, {"version": 2})
+    assert second.wait() == 1
+    assert "the service here is 'shop', not 'run'" in second.text
+    assert "started pid" not in second.text
+    assert room.owner() == first.pid and who(room)["version"] == 1
+
+
+def test_detached_it_returns_when_the_command_serves_and_goes_on_in_the_background(room: Room) -> None:
+    with open(os.path.join(room.folder, "log"), "wb") as log:
+        output = {"stdout": log, "stderr": log}
+        front = supervise(room, {"version": 1}, detach=True, process=output)
+        assert front.wait() == 0
+        pid = room.status()["pid"]
+        assert pid != front.pid and os.getsid(pid) == pid
+        assert who(room)["version"] == 1
+        assert supervise(room, {"exit": 3}, detach=True, process=output, ready="delay:30").wait() == 1
+        assert who(room)["version"] == 1
+        assert supervise(room, {"version": 2}, detach=True, process=output).wait() == 0
+        assert who(room)["version"] == 2
+        assert room.cli("stop", "--control", room.control).wait() == 0
+
+
+def test_a_command_that_ends_in_the_probation_gives_the_service_back(room: Room) -> None:
+    first = deploy(room, {"version": 1}, probation=30.0)
+    second = supervise(room, {"version": 2})
+    second.wait_for("took over 1 listener")
+    for process in processes_of(room):
+        os.kill(process["pid"], signal.SIGKILL)
+    assert second.wait() == 1
+    assert "ended in the probation with SIGKILL" in second.text.splitlines()[-1]
+    eventually(lambda: room.owner() == first.pid, "the first owns the service again")
+    assert who(room)["version"] == 1
+    third = supervise(room, {"version": 3})
+    third.wait_for("took over 1 listener")
+
+
+def test_term_before_the_command_is_ready_ends_with_status_1_and_the_old_one_serves_on(room: Room) -> None:
+    first = deploy(room, {"version": 1})
+    second = supervise(room, {"version": 2}, ready="delay:30")
+    second.wait_for("started pid")
+    second.signal(signal.SIGTERM)
+    assert second.wait() == 1
+    assert room.owner() == first.pid and who(room)["version"] == 1
+
+
+def test_a_listener_that_the_new_version_does_not_use_is_drained_by_the_old_one(room: Room) -> None:
+    second_address = os.path.join(room.folder, "second")
+    deploy(room, {"version": 1}, listen=[room.url, f"unix:{second_address}"])
+    second = deploy(room, {"version": 2})
+    second.wait_for("not used by this version")
+    eventually(lambda: "second" not in room.left_behind(), "its path is gone")
+    assert who(room)["version"] == 2

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Sequence
 
 from takeover.errors import ListenError
 from takeover.exchange import logger
+from takeover.listeners import bind, resolve
 
 from .orphans import kill
 from .proc import all_processes, environment, look_at
@@ -22,8 +23,6 @@ from .proc import all_processes, environment, look_at
 MARK = "TAKEOVER_RUN"
 PATIENCE = 2.0
 """Seconds that remains have to stop serving, until they are killed; and as many again to be gone then."""
-
-Result = TypeVar("Result")
 
 
 def mark(control: str) -> str:
@@ -47,28 +46,33 @@ def find(control: str) -> list[int]:
     return found
 
 
-def clear_away(control: str, bind: Callable[[], Result]) -> Result:
-    """Binds. Where the address is taken, and remains are there, ends them until it is free; else raises ListenError."""
+def clear_away(control: str, urls: Sequence[str]) -> None:
+    """Where an address is taken, ends what is left behind there, until all are free; nobody else."""
     signum, deadline = signal.SIGTERM, time.monotonic() + PATIENCE
     told: set[int] = set()
-    while True:
-        try:
-            return bind()
-        except ListenError:
-            left = find(control)
-            late = time.monotonic() > deadline
-            if not left or (late and signum == signal.SIGKILL):
-                raise
-            if late:
-                signum, deadline = signal.SIGKILL, time.monotonic() + PATIENCE
-                told.clear()
+    while not all(map(_is_free, urls)):
+        left = find(control)
+        if time.monotonic() > deadline and signum == signal.SIGTERM:
+            signum, deadline = signal.SIGKILL, time.monotonic() + PATIENCE
+            told.clear()
+        if not left or time.monotonic() > deadline:
+            return
         new = [pid for pid in left if pid not in told]
         if new:
-            logger.warning(
-                "%s to %s, left behind by a supervisor that was killed",
-                signum.name,
-                ", ".join(f"pid {pid}" for pid in new),
-            )
+            pids = ", ".join(f"pid {pid}" for pid in new)
+            logger.warning("%s to %s, left behind by a supervisor that was killed", signum.name, pids)
             kill(new, signum)
             told.update(new)
         time.sleep(0.01)
+
+
+def _is_free(url: str) -> bool:
+    """Whether each of the addresses could be bound now; whoever binds them in earnest gets the error in full."""
+    try:
+        for address in resolve(url):
+            bind(address).close()
+            if address.family == socket.AF_UNIX:
+                os.unlink(address.address)
+    except (ListenError, OSError):
+        return False
+    return True

@@ -127,9 +127,11 @@ class Supervisor(Server):
 
     def _listen(self, service: Service) -> list[Listening]:
         """The listeners of the command. What is bound anew listens at once, since the command takes it as it comes."""
+        if service.state == "warming":
+            remains.clear_away(self.options.control, [url for _, url in self.options.listen])
         found = []
         for name, url in self.options.listen:
-            for sock in self._bind(service, url, name):
+            for sock in service.listen_all(url, name=name or None):
                 if sock.type == socket.SOCK_STREAM:
                     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                         sockets.listen(sock, url)
@@ -139,12 +141,6 @@ class Supervisor(Server):
                 found.append(Listening(name, url, sock))
         fill_in(self.options.command, found)
         return found
-
-    def _bind(self, service: Service, url: str, name: str) -> list[socket.socket]:
-        def bind() -> list[socket.socket]:
-            return service.listen_all(url, name=name or None)
-
-        return bind() if service.state == "joining" else remains.clear_away(self.options.control, bind)
 
     def _muster(self, on_ready: Callable[[], object], on_failed: Callable[[str], object]) -> Crew:
         assert self._plan is not None
@@ -296,7 +292,8 @@ class Supervisor(Server):
         """Lets nobody new into the queues of listeners that the successor has no use for; True if there are any."""
         assert self.service is not None and self._plan is not None
         unused = [each.sock for each in self._plan.listeners if self.service.name_of(each.sock) in self._unused]
-        return any([sockets.refuse_new(sock) for sock in unused])
+        refused = [sockets.refuse_new(sock) for sock in unused]
+        return any(refused)
 
     def _end_taken_over(self) -> None:
         if not self._ending:
