@@ -76,11 +76,9 @@ class Member:
             names = [*(listener.name for listener in plan.listeners), *(name for name, _ in check.descriptors)]
             descriptors = [listener.sock.fileno() for listener in plan.listeners]
             descriptors += [descriptor for _, descriptor in check.descriptors]
-            environment = environment_of(names, check.environment)
+            environment = environment_of(names, {**check.environment, MARK: mark(plan.options.control)})
             outputs = self._relay_output(check)
             pid = process.start(executable_of(words[0]), words, environment, descriptors, plan.ignored, outputs)
-            environment = environment_of(names, {**check.environment, MARK: mark(plan.options.control)})
-            pid = process.start(executable_of(words[0]), words, environment, descriptors, plan.ignored)
         except (CommandError, UsageError) as error:
             self._begin_relay()
             reason = str(error)

@@ -57,13 +57,14 @@ def start(
     above = FIRST + len(descriptors)
     own: list[int] = []
     try:
-        copies = [_copy(descriptor, above, own) for descriptor in descriptors]
         reading, writing = os.pipe()
         own += [reading, writing]
         telling = _copy(writing, above, own)
-        null = _copy(os.open(os.devnull, os.O_RDONLY), above, own, close=True) if _is_terminal(0) else None
-        there = None if outputs is None else (_copy(outputs[0], above, own), _copy(outputs[1], above, own))
-        pid = _fork(executable, list(words), dict(environment), copies, telling, null, there, ignored)
+        given = [(_copy(descriptor, above, own), FIRST + place) for place, descriptor in enumerate(descriptors)]
+        given += [(_copy(output, above, own), number) for number, output in enumerate(outputs or (), 1)]
+        if _is_terminal(0):
+            given.append((_copy(os.open(os.devnull, os.O_RDONLY), above, own, close=True), 0))
+        pid = _fork(executable, list(words), dict(environment), given, telling, ignored)
         for each in (writing, telling):
             os.close(each)
             own.remove(each)
@@ -100,10 +101,8 @@ def _fork(
     executable: str,
     words: list[str],
     environment: dict[str, str],
-    copies: list[int],
+    given: list[tuple[int, int]],
     telling: int,
-    null: int | None,
-    outputs: tuple[int, int] | None,
     ignored: frozenset[int],
 ) -> int:
     parent = os.getpid()
@@ -122,14 +121,9 @@ def _fork(
                 os.setpgid(0, 0)
                 for signum in handled:
                     signal.signal(signum, signal.SIG_IGN if signum in ignored else signal.SIG_DFL)
-                if null is not None:
-                    os.dup2(null, 0)
-                if outputs is not None:
-                    os.dup2(outputs[0], 1)
-                    os.dup2(outputs[1], 2)
-                for number, copy in enumerate(copies, FIRST):
+                for copy, number in given:
                     os.dup2(copy, number)
-                if copies:
+                if "LISTEN_FDS" in environment:
                     environment["LISTEN_PID"] = str(os.getpid())
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 os.execve(executable, words, environment)
