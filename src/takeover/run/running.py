@@ -92,6 +92,8 @@ class Running:
 
     def _look_for_rest(self) -> None:
         """What has lost its parent is our child now: each that ends may leave others behind."""
+        if self.gone:
+            return
         left = self._tree()
         if not left:
             self.gone = True
