@@ -65,6 +65,11 @@ def who(room: Room) -> dict[str, Any]:
     return dict(json.loads(say_to(room.address, "who")))
 
 
+def wait_for_version(room: Room, version: int) -> None:
+    """Until this version answers; the older one may accept until it is stopped."""
+    eventually(lambda: who(room)["version"] == version, f"version {version} answers")
+
+
 def do(room: Room, what: str) -> None:
     """Has whoever answers do something; whether it lives on is another matter."""
     assert say_to(room.address, f"do {what}") == "ok\n"

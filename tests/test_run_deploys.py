@@ -10,7 +10,7 @@ import pytest
 
 from clients import eventually
 from processes import Room
-from supervised import deploy, processes_of, supervise, wait_until_gone, who
+from supervised import deploy, processes_of, supervise, wait_for_version, wait_until_gone, who
 
 
 def test_starting_it_again_is_the_deploy_and_no_connection_fails(room: Room) -> None:
@@ -37,7 +37,7 @@ def test_the_old_command_serves_its_connections_to_their_end(room: Room) -> None
         assert sock.recv(10) == b"one"
         deploy(room, {"version": 2})
         first.wait_for("stopping the command")
-        eventually(lambda: who(room)["version"] == 2, "newcomers come to the new command")
+        wait_for_version(room, 2)
         sock.sendall(b"two")
         assert sock.recv(10) == b"two"
         assert first.running
@@ -154,7 +154,7 @@ def test_strict_fails_unless_the_listeners_are_those_of_the_incumbent(room: Room
     assert "strict: " in second.text.splitlines()[-1]
     assert room.owner() == first.pid and who(room)["version"] == 1
     deploy(room, {"version": 2}, strict=True)
-    assert who(room)["version"] == 2
+    wait_for_version(room, 2)
 
 
 def test_a_service_of_another_name_is_not_taken_over(room: Room) -> None:
@@ -177,7 +177,7 @@ def test_detached_it_returns_when_the_command_serves_and_goes_on_in_the_backgrou
         assert supervise(room, {"exit": 3}, detach=True, process=output, ready="delay:30").wait() == 1
         assert who(room)["version"] == 1
         assert supervise(room, {"version": 2}, detach=True, process=output).wait() == 0
-        assert who(room)["version"] == 2
+        wait_for_version(room, 2)
         assert room.cli("stop", "--control", room.control).wait() == 0
 
 
@@ -210,4 +210,4 @@ def test_a_listener_that_the_new_version_does_not_use_is_drained_by_the_old_one(
     second = deploy(room, {"version": 2})
     second.wait_for("not used by this version")
     eventually(lambda: "second" not in room.left_behind(), "its path is gone")
-    assert who(room)["version"] == 2
+    wait_for_version(room, 2)
