@@ -1,4 +1,5 @@
-"""The command: `python -m benchmarks [CASE...]`, `python -m benchmarks soak`, `python -m benchmarks report FILE`."""
+"""The command: `python -m benchmarks [CASE...]`, `python -m benchmarks soak`, `python -m benchmarks broken`,
+`python -m benchmarks report FILE`."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from . import build, echo, importing, memory, moves, passing, plots, report, restarts, results, soak
+from . import broken, build, echo, importing, memory, moves, passing, plots, report, restarts, results, soak
 from .plan import Plan
 from .processes import LOAD_CPU, SERVER_CPU, raise_descriptor_limit
 
@@ -30,9 +31,9 @@ CASES: dict[str, Callable[[Plan], None]] = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description=f"Cases: {', '.join(CASES)} (all of them if none is named); soak; report FILE.",
+        description=f"Cases: {', '.join(CASES)} (all of them if none is named); soak; broken; report FILE.",
     )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="a case, or `soak`, or `report` and a file")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="a case, `soak`, `broken`, or `report` and a file")
     parser.add_argument("--quick", action="store_true", help="few cells, three rounds of 0.3 s: proves that it works")
     parser.add_argument("--rounds", type=int, help="interleaved rounds of each cell (default 7; quick 3)")
     parser.add_argument("--seconds", type=float, help="of one run of one server (default 0.7; quick 0.3)")
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plots", type=pathlib.Path, metavar="DIR", help="draw the plots (matplotlib)")
     parser.add_argument("--takeovers", type=int, default=1000, help="soak: how many (default 1000)")
     parser.add_argument("--pause", type=float, default=0.2, help="soak: seconds between takeovers (default 0.2)")
+    parser.add_argument("--deploys", type=int, default=100, help="broken: how many of each kind (default 100)")
     parser.add_argument(
         "--without", type=float, help="soak: seconds of the run without (default half a second a takeover)"
     )
@@ -60,6 +62,8 @@ def _measure(options: argparse.Namespace, console: Console) -> results.Document:
                 if case == "soak":
                     quiet = options.without or options.takeovers / 2
                     soak.soak(plan, options.takeovers, options.pause, quiet)
+                elif case == "broken":
+                    broken.broken(plan, options.deploys)
                 else:
                     CASES[case](plan)
             except (OSError, RuntimeError) as error:
@@ -86,9 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             parser.error(str(error))
     else:
-        unknown = set(options.cases) - set(CASES) - {"soak"}
+        unknown = set(options.cases) - set(CASES) - {"soak", "broken"}
         if unknown:
-            parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}, soak and report")
+            parser.error(
+                f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}, soak, broken and report"
+            )
         if SERVER_CPU == LOAD_CPU:
             console.print("one CPU only: server and load share it, so only the CPU figures mean something")
         try:

@@ -127,6 +127,24 @@ def _restarts(document: Document, case: str) -> Table:
     return table
 
 
+def _broken(document: Document) -> Table:
+    columns = ["the new version", "deploys", "exit status 1", "reason told", "clients", "failed", "took, ms", "old one"]
+    caption = "while clients connect all the time; the old version must answer every one of them, and live"
+    table = _table("Deploys of broken versions under takeover run", columns, caption)
+    for row in (row for row in document.rows if row.case == "broken"):
+        table.add_row(
+            row.subject,
+            str(len(row.samples.get("ms", ()))),
+            _number(row.median("status"), 0),
+            _number(row.median("told"), 0),
+            _number(row.median("clients"), 0),
+            _number(row.median("failed"), 0),
+            _number(row.median("ms"), 0),
+            "serves" if row.median("alive") else "has ended",
+        )
+    return table
+
+
 IDLE = (
     ("moved in", "move_ms"),
     ("beside C", ""),
@@ -233,6 +251,8 @@ def tables(document: Document) -> Iterable[Table]:
             yield _restarts(document, case)
     if "moves" in cases:
         yield from _moves(document)
+    if "broken" in cases:
+        yield _broken(document)
     if (found := _targets(document)) is not None:
         yield found
 

@@ -165,6 +165,15 @@ def targets(document: Document) -> list[Target]:
     """Every target that the document has rows for."""
     found = [*_echo(document), *_stream(document), *_memory(document), *_passing(document)]
     found += [*_restarts(document, "restarts"), *_restarts(document, "soak"), *_moves(document)]
+    for row in (row for row in document.rows if row.case == "broken"):
+        deploys = len(row.samples.get("ms", ()))
+        good = int(min(row.median("status") or 0, row.median("told") or 0))
+        failed = int(row.median("failed") or 0)
+        unnoticed = good == deploys and not failed and bool(row.median("alive"))
+        measured = f"{good} of {deploys}, {failed} clients failed"
+        found.append(
+            Target(f"broken version, {row.subject}: exit status 1, reason told", "all, 0", measured, unnoticed)
+        )
     for row in _rows(document, "import", OURS):
         ratio = document.ratio(row, "ms")
         if ratio is not None:

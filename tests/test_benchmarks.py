@@ -113,6 +113,19 @@ def test_a_small_run_moves_connections_beside_the_reference(tmp_path: pathlib.Pa
     assert ours in report.stdout and "200 talking" in report.stdout
 
 
+def test_broken_versions_are_counted_by_what_they_leave(tmp_path: pathlib.Path) -> None:
+    document = tmp_path / "broken.json"
+    done = benchmarks("broken", "--deploys", "1", "--json", str(document))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(document.read_text())["rows"]
+    assert {row["subject"] for row in rows} == {"crash at import", "hang", "wrong port", "slow start"}
+    for row in rows:
+        samples = row["samples"]
+        assert samples["status"] == samples["told"] == [1] and samples["failed"] == [0], row
+        assert samples["clients"][0] > 0 and samples["alive"] == [True]
+    assert "wrong port" in done.stdout
+
+
 def test_a_target_is_judged_by_the_median_of_the_rounds_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.results import Document

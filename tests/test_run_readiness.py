@@ -137,6 +137,16 @@ def test_a_command_that_accepts_without_being_seen_waiting_is_ready_too(stage: T
     assert "accepted a probe" in trial.run()
 
 
+@pytest.mark.parametrize("how", ["auto", "tcp"])
+def test_a_command_that_closes_connections_at_once_is_ready_when_it_is_seen_waiting(
+    stage: Trials, tmp_path: pathlib.Path, how: str
+) -> None:
+    for listening in (tcp(), unix(str(tmp_path / "s"))):
+        listeners = [stage.listen(listening)]
+        assert any(text in stage.newcomer(how, listeners, "close_at_once").run() for text in ("waits on", "accepted a"))
+        assert stage.newcomer(how, listeners, "hang").run(0.7) == ""
+
+
 @pytest.mark.parametrize("what", ["hang", "register_and_hang", "close_them_and_hang", "listen_on_its_own_port"])
 @pytest.mark.parametrize("how", ["auto", "tcp"])
 def test_a_command_that_does_not_accept_is_not_ready_though_the_old_one_answers(

@@ -46,6 +46,17 @@ def wait_in_epoll() -> None:
             take(next(each for each in LISTENERS if each.fileno() == descriptor))
 
 
+def close_at_once() -> None:
+    while True:
+        select.select(LISTENERS, [], [])
+        for listener in LISTENERS:
+            take(listener)
+        while KEPT:
+            sock = KEPT.pop()
+            sock.send(b"Thursday")
+            sock.close()
+
+
 def wait_in_nested_epoll() -> None:
     inner, outer = select.epoll(), select.epoll()
     inner.register(LISTENERS[0], select.EPOLLIN)

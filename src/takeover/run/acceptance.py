@@ -28,6 +28,10 @@ PASSED_OVER = (50, 3.0)
 """Probes that others took, and seconds in which a process was seen waiting, until that counts: with one chance in ten
 of being the one that accepts, 50 in a row fail once in 200 times."""
 
+CLOSED_AT_ONCE = 5
+"""Probes that were accepted and closed before anybody could look by whom, and looks at which a process was seen
+waiting, until that counts: a server that answers and closes in one go gives no better proof."""
+
 UNSEEN = 2.0
 """Seconds that a command must live whose processes cannot be looked into, where a probe was accepted by somebody."""
 
@@ -41,6 +45,8 @@ class Target:
         self.proven: Probe | None = None
         self.probes: list[Probe] = []
         self.others = 0
+        self.vanished = 0
+        self.seen_waiting = 0
         self.lost = ""
         self.waiter: Waiter | None = None
         self.waits_since = 0.0
@@ -106,6 +112,7 @@ class Acceptance:
             url = target.where.url
             if target.proof or probe.lost:
                 target.lost = probe.lost
+                target.vanished += probe.vanished
                 probe.close()
             elif taken is None:
                 left.append(probe)
@@ -131,12 +138,18 @@ class Acceptance:
         now = time.monotonic()
         if target.waiter is not None:
             target.waits_since = target.waits_since or now
+            target.seen_waiting += 1
             if target.where.type != socket.SOCK_STREAM:
                 target.proof = f"pid {target.waiter.pid} waits on {url}: {target.waiter.how}"
             elif not self._strict and target.others >= PASSED_OVER[0] and now - target.waits_since >= PASSED_OVER[1]:
                 target.proof = (
                     f"pid {target.waiter.pid} waits on {url} ({target.waiter.how}); others took all "
                     f"{target.others} probes"
+                )
+            elif min(target.vanished, target.seen_waiting) >= CLOSED_AT_ONCE:
+                target.proof = (
+                    f"pid {target.waiter.pid} waits on {url} ({target.waiter.how}); {target.vanished} probes were "
+                    "closed too soon to tell who had accepted them"
                 )
         if not target.proof and target.unseen is not None and now - self._started >= UNSEEN:
             target.proven, target.unseen = target.unseen, None

@@ -65,7 +65,8 @@ def _about(target: Target, seen: Seen, given: Sequence[int]) -> str:
     if target.waiter is not None and target.others:
         return f"pid {target.waiter.pid} waits on {where.url}, but {target.others} probes were all taken by others"
     if where.inode in seen.waiting:
-        return ""
+        lost = f" ({target.lost})" if target.lost else ""
+        return f"pid {seen.waiting[where.inode].pid} waits on {where.url}, but has accepted no probe{lost}"
     if not where.inode:
         return f"nothing of it accepts on {where.url} ({target.lost or 'no probe was accepted'})"
     if where.inode in seen.registered:

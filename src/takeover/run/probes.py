@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -52,11 +53,15 @@ class Taken(NamedTuple):
 
 
 class Probe:
-    """One connection; whoever has it closes it. `lost` says why it has come to nothing."""
+    """One connection; whoever has it closes it.
+
+    lost: why it has come to nothing. vanished: it was accepted, and closed before anybody could look who it was.
+    """
 
     def __init__(self, target: Endpoint) -> None:
         self.target = target
         self.lost = ""
+        self.vanished = False
         self._connected = False
         self.sock = socket.socket(target.family, socket.SOCK_STREAM)
         self.sock.setblocking(False)
@@ -80,7 +85,7 @@ class Probe:
         except diag.Unknown as error:
             return self._by_elimination(str(error))
         if inode == diag.IN_QUEUE:
-            return None
+            return self._by_elimination("")
         try:
             return Taken(holder_of(pids, inode))
         except proc.Hidden as error:
@@ -91,16 +96,24 @@ class Probe:
             return Taken(None, "" if _is_held(others, inode) else str(error))
 
     def _by_elimination(self, reason: str) -> Taken | None:
-        """The kernel does not say what is at the other end."""
+        """The kernel names no socket at the other end: it is not there yet, or not any more."""
         try:
-            if self.sock.recv(1, socket.MSG_PEEK):
-                return Taken(None, reason)  # it talks, so it has been accepted
-            self.lost = "it was accepted and closed at once"
+            talks = bool(self.sock.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
             self.lost = reason
+            return None
         except OSError as error:
-            self.lost = f"it was accepted and ended with {error.strerror}"
+            self.lost, self.vanished = f"it was accepted and ended with {error.strerror}", True
+            return None
+        if talks and reason and not self._has_ended():
+            return Taken(None, reason)
+        self.lost, self.vanished = "it was accepted and closed at once", True
         return None
+
+    def _has_ended(self) -> bool:
+        poll = select.poll()
+        poll.register(self.sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         self.sock.close()
