@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pathlib
 import signal
 import socket
 import sys
@@ -13,6 +15,7 @@ from clients import eventually
 from processes import Room
 from supervised import deploy, served, supervise, who
 from takeover.errors import CommandError, UsageError
+from takeover.run import process
 from takeover.run.command import Listening, check_words, environment_of, executable_of, fill_in
 from takeover.run.options import Options, Wish, parse_listen, parse_signal
 
@@ -121,6 +124,56 @@ def test_an_executable_is_searched_on_path_and_what_is_wrong_is_said(
     ):
         with pytest.raises(CommandError, match=said):
             executable_of(word)
+
+
+def run_child(words: list[str], environment: dict[str, str], descriptors: list[int], ignored: frozenset[int]) -> int:
+    """Starts a process, and returns its exit status."""
+    pid = process.start(words[0], words, environment, descriptors, ignored)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+LOOK = """
+import json, os, signal, sys
+out = open(sys.argv[1], "w")
+held = {n: os.fstat(n).st_ino for n in map(int, os.listdir("/proc/self/fd")) if n > 2 and n != out.fileno() and
+        os.path.exists(f"/proc/self/fd/{n}")}
+ignored = [int(s) for s in signal.valid_signals() if signal.getsignal(s) == signal.SIG_IGN]
+json.dump([held, ignored, sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])))], out)
+"""
+
+
+def test_a_process_gets_its_descriptors_in_order_whatever_their_numbers_were(tmp_path: pathlib.Path) -> None:
+    ends = [os.open(tmp_path / f"{number}", os.O_CREAT | os.O_RDWR) for number in range(4)]
+    wanted = sorted(ends, reverse=True)
+    try:
+        before = set(os.listdir("/proc/self/fd"))
+        words = [sys.executable, "-I", "-c", LOOK, str(tmp_path / "seen")]
+        assert run_child(words, {}, wanted, frozenset({signal.SIGINT})) == 0
+        held, ignored, blocked = json.loads((tmp_path / "seen").read_text())
+        assert [held[str(3 + place)] for place in range(4)] == [os.fstat(end).st_ino for end in wanted]
+        assert len(held) <= 5, "and no others; one is the look itself"
+        assert signal.SIGINT in ignored and signal.SIGTERM not in ignored and blocked == []
+        assert set(os.listdir("/proc/self/fd")) == before
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+def test_a_process_that_cannot_be_executed_is_explained_and_waited_for(tmp_path: pathlib.Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    script = tmp_path / "script"
+    script.write_bytes(b"\0\0 no program")
+    script.chmod(0o755)
+    for word, environment, said in (
+        (str(script), {}, "no program that this machine can run"),
+        ("/bin/sh", {"LARGE": "x" * (1 << 22)}, "too long"),
+        ("/no/such", {}, "it is gone"),
+    ):
+        with pytest.raises(CommandError, match=said):
+            process.start(word, [word], environment, [])
+    assert set(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_the_command_gets_its_listeners_from_descriptor_3_on_and_nothing_else(room: Room) -> None:

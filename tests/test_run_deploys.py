@@ -211,3 +211,28 @@ def test_a_listener_that_the_new_version_does_not_use_is_drained_by_the_old_one(
     second.wait_for("not used by this version")
     eventually(lambda: "second" not in room.left_behind(), "its path is gone")
     wait_for_version(room, 2)
+
+
+def test_a_supervisor_that_is_killed_in_its_probation_leaves_the_service_to_the_old_one(room: Room) -> None:
+    first = deploy(room, {"version": 1}, probation=30.0)
+    second = supervise(room, {"version": 2})
+    second.wait_for("took over 1 listener")
+    second.signal(signal.SIGKILL)
+    second.wait()
+    eventually(lambda: room.owner() == first.pid, "the first owns the service again")
+    wait_for_version(room, 1)
+
+
+def test_a_stop_while_a_successor_gets_ready_hands_the_service_on(room: Room) -> None:
+    gate = os.path.join(room.folder, "gate")
+    first = deploy(room, {"version": 1})
+    second = supervise(room, {"version": 2, "waits_for": gate})
+    second.wait_for("started pid")
+    first.signal(signal.SIGTERM)
+    assert first.wait() == 0
+    with room.connect() as waiting:
+        waiting.sendall(b"x")
+        pathlib.Path(gate).touch()
+        assert waiting.recv(1) == b"x"
+    room.wait_for_owner(second)
+    assert who(room)["version"] == 2

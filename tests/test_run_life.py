@@ -18,7 +18,7 @@ import pytest
 
 from clients import LIMIT, eventually
 from processes import Program, Room, state_of
-from supervised import deploy, do, is_gone, processes_of, supervise, wait_until_gone, who
+from supervised import SERVED, deploy, do, is_gone, processes_of, supervise, wait_until_gone, who
 
 MOST_MEMORY = 15 * 1024
 """kB of private memory that a supervisor may have."""
@@ -147,6 +147,19 @@ def test_orphans_of_the_command_end_with_it(room: Room, what: str) -> None:
     supervisor.signal(signal.SIGTERM)
     assert supervisor.wait() == 0
     assert is_gone(orphan)
+
+
+def test_orphans_that_hide_their_environment_and_their_group_end_with_the_supervisor(room: Room) -> None:
+    hidden = "import os, signal; os.setsid(); os.fork() and os._exit(0); os.setpgid(0, 0); "
+    hidden += "print('hidden is', os.getpid(), flush=True); signal.pause()"
+    script = f'env -i {sys.executable} -c "$0" & exec {sys.executable} -c "$1" \'{{}}\''
+    served_source = pathlib.Path(SERVED).read_text()
+    supervisor = deploy(room, command=["sh", "-c", script, hidden, served_source])
+    pid = int(supervisor.wait_for("hidden is ").split()[2])
+    eventually(lambda: pid in children_of(supervisor.pid), "the supervisor has inherited it")
+    supervisor.signal(signal.SIGTERM)
+    assert supervisor.wait() == 0
+    assert is_gone(pid)
 
 
 def test_no_zombie_is_left_of_an_orphan_that_ends(room: Room) -> None:

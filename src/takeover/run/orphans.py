@@ -18,9 +18,13 @@ from .proc import environment
 
 
 def parents() -> dict[int, tuple[int, int]]:
-    """The parent and the process group of each process that lives, from proc_pid_stat(5)."""
+    """The parent and the process group of each process that lives, from proc_pid_stat(5); none without a /proc."""
     found: dict[int, tuple[int, int]] = {}
-    for entry in os.listdir("/proc"):
+    try:
+        entries = os.listdir("/proc")
+    except OSError:
+        return found
+    for entry in entries:
         if entry.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
                 state, parent, group = file.read().rpartition(b")")[2].split()[:3]
@@ -53,7 +57,7 @@ def tree(root: int, *, ended: bool = False) -> list[int]:
     roots = [
         pid for pid, (parent, group) in known.items() if parent == own and pid != root and _is_of(pid, group, root)
     ]
-    if not ended and root in known:
+    if not ended and (root in known or not known):
         roots.append(root)
     return [*roots, *descendants(roots, known)]
 

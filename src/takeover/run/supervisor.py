@@ -120,6 +120,9 @@ class Supervisor(Server):
             self._joining = False
             orphans.end_all(self.spared)
             output.finish(LAST_OUTPUT)
+            for signum in (*STOPPING, *PASSED_ON, signal.SIGHUP):
+                signal.signal(signum, signal.SIG_IGN)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self.events.close()
         if self._failure is not None:
             raise self._failure
@@ -257,12 +260,16 @@ class Supervisor(Server):
             self.events.stop()
 
     def _leave(self) -> None:
-        """The service is over: path and lock are free, and who connects is refused as soon as the command stops."""
+        """The service is over: path and lock are free, and who connects is refused as soon as the command stops.
+
+        Where a successor is at work, the service is its own from now on, and who connects waits for it.
+        """
         assert self.service is not None and self._plan is not None
         self._tell(Moment.STOPPING, "stopping")
         self.service.leave()
-        for listener in self._plan.listeners:
-            listener.sock.close()
+        if self.service.state == "stopped":
+            for listener in self._plan.listeners:
+                listener.sock.close()
 
     def _stop(self, why: str) -> None:
         self._asked_to_stop += 1
@@ -308,6 +315,7 @@ class Supervisor(Server):
             self.events.post(self.events.reap)
         elif signum in STOPPING:
             if self._joining:
+                self._joining = False
                 raise Interrupted(f"{name} before the service was ready")
             self.events.post(lambda: self._stop(name))
         elif signum == signal.SIGHUP:
