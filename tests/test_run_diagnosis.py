@@ -5,14 +5,19 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
 from clients import eventually
-from newcomers import Trial, Trials, tcp, trials
+from newcomers import NEWCOMER, Trial, Trials, tcp, trials
+from processes import Room
+from supervised import supervise
 from takeover.run import diagnosis, proc
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -99,18 +104,58 @@ def test_a_file_that_only_has_granian_in_its_name_is_not_granian(stage: Trials) 
     assert not diagnosis.is_granian([trial.pid])
 
 
-def test_what_cannot_be_looked_into_is_said_and_a_probe_that_somebody_accepts_must_do(
+def test_what_cannot_be_looked_into_counts_as_ready_when_it_wakes_up_for_probes(
     stage: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("takeover.run.acceptance.UNSEEN", 0.5)
-
     def hidden(pid: int) -> dict[int, str]:
         raise proc.Hidden(f"pid {pid}: Permission denied")
 
     monkeypatch.setattr(proc, "descriptors", hidden)
     listeners = [stage.listen(tcp())]
-    assert "by whom is not to be seen (pid " in stage.newcomer("auto", listeners, "wait_in_epoll").run()
+    first = stage.newcomer("auto", listeners, "wait_in_epoll")
+    assert f"pid {first.pid} woke up for " in first.run() and "is not to be seen (pid " in first.proof
+    second = stage.newcomer("auto", listeners, "serve_http")
+    assert f"pid {second.pid} woke up for " in second.run()
+    assert stage.newcomer("auto", listeners, "register_and_hang").run(3) == ""
+    asked = stage.newcomer("http:/", [stage.listen(tcp())], "serve_http")
+    assert asked.run().endswith("and answered GET / with 200")
     announced = stage.newcomer("auto", [stage.listen(tcp())], "say_ready_and_hang")
     assert announced.run() == f"READY=1 from pid {announced.pid}"
     silent = stage.newcomer("auto", [stage.listen(tcp())], "hang")
     assert silent.run(1) == "" and "is not to be seen from here (pid " in silent.check.why_not()
+
+
+SETPRIV = ["setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace"]
+OTHER_USER = ["setpriv", "--reuid", "65534", "--clear-groups"]
+HIDDEN = "mount -t proc -o hidepid=2 proc /proc && exec setpriv --regid 65533 --clear-groups "
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv (util-linux)")
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_command_under_another_user_is_judged_by_what_can_be_known(room: Room, hides: bool) -> None:
+    hidden = ["unshare", "-m", "sh", "-c", HIDDEN + shlex.join(SETPRIV[1:]) + ' "$@"', "sh"]
+    if hides and subprocess.run([*hidden, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("may not mount /proc with hidepid here")
+    os.chmod(room.folder, 0o755)
+    started = hidden if hides else SETPRIV
+    program = pathlib.Path(room.folder, "newcomer.py")
+    program.write_text(pathlib.Path(NEWCOMER).read_text())
+    command = [*OTHER_USER, "/usr/bin/python3", str(program)]
+    ways = {"ready": "auto", "ready_timeout": 3.0, "probation": 0.0, "started": started}
+    announced = supervise(room, command=[*command, "say_ready_and_hang"], **ways)
+    announced.wait_for("is ready after")
+    assert "READY=1 from pid " in announced.text
+    assert room.cli("stop", "--control", room.control).wait() == 0
+    supervisor = supervise(
+        room, command=[*command, "wait_in_epoll"], **{**ways, "ready_timeout": 3.0 if hides else 30.0}
+    )
+    if hides:
+        broken = "is not to be seen from here"
+        assert supervisor.wait() == 1 and broken in supervisor.lines[-1]
+        return
+    supervisor.wait_for("woke up for")
+    room.wait_for_owner(supervisor)
+    broken = supervise(room, command=[*command, "hang"], **ways)
+    assert broken.wait() == 1
+    assert "is not to be seen from here" in broken.lines[-1] and "--ready notify" in broken.lines[-1]
+    assert room.owner() == supervisor.pid

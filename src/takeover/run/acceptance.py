@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from .probes import Endpoint, Probe
 from .proc import Tree
 from .waiting import CALLS_ARE_KNOWN, Seen, Waiter, look
+from .waking import Waking, Window
 
 LARGEST_BURST = 8
 """Probes of one listener at once; each takes a descriptor here, and one where it is accepted."""
@@ -32,8 +33,9 @@ CLOSED_AT_ONCE = 5
 """Probes that were accepted and closed before anybody could look by whom, and looks at which a process was seen
 waiting, until that counts: a server that answers and closes in one go gives no better proof."""
 
-UNSEEN = 2.0
-"""Seconds that a command must live whose processes cannot be looked into, where a probe was accepted by somebody."""
+BUSY = 10.0
+"""Seconds that a command must live whose processes cannot be looked into, where one of them wakes up all the time, so
+that nothing can be told from that, and a probe was accepted by somebody."""
 
 
 class Target:
@@ -51,13 +53,14 @@ class Target:
         self.waiter: Waiter | None = None
         self.waits_since = 0.0
         self.asked = time.monotonic()
-        self.unseen: Probe | None = None
+        self.unseen = 0
+        self.waking: Waking | None = None
 
     def close(self) -> None:
-        for probe in [*self.probes, self.proven, self.unseen]:
+        for probe in [*self.probes, self.proven]:
             if probe is not None:
                 probe.close()
-        self.probes, self.proven, self.unseen = [], None, None
+        self.probes, self.proven = [], None
 
 
 class Acceptance:
@@ -80,7 +83,10 @@ class Acceptance:
             if not target.proof:
                 self._weigh(target, self.seen)
             if not target.proof and target.where.type == socket.SOCK_STREAM:
-                self._probe(target, self.seen)
+                if not self.hidden or target.where.private:
+                    self._probe(target, self.seen)
+                elif target is open_targets[0]:  # a probe of another one would wake it up, too
+                    self._watch(target, self.seen)
                 self._collect(target, pids)
         return "; ".join(dict.fromkeys(target.proof for target in self.targets)) if self.proven else ""
 
@@ -93,11 +99,14 @@ class Acceptance:
         """Why the command's processes cannot be looked into; empty if they can."""
         return self.seen.hidden if self.seen is not None else ""
 
-    def take(self) -> Probe | None:
-        """The first listener's proven connection, which is the caller's from now on; that listener is open again."""
+    def take(self) -> Probe:
+        """The first listener's proven connection, which is the caller's from now on; that listener is open again.
+
+        A new one where it could not be seen who accepts. Raises OSError if there are no descriptors left.
+        """
         target = self.targets[0]
         probe, target.proven, target.proof = target.proven, None, ""
-        return probe
+        return probe or Probe(target.where)
 
     def close(self) -> None:
         """Ends all probes; harmless a second time."""
@@ -113,6 +122,7 @@ class Acceptance:
             if target.proof or probe.lost:
                 target.lost = probe.lost
                 target.vanished += probe.vanished
+                target.unseen += probe.vanished and bool(self.hidden)
                 probe.close()
             elif taken is None:
                 left.append(probe)
@@ -123,9 +133,8 @@ class Acceptance:
                 target.proven = probe
                 target.proof = f"a probe was accepted on {url}, of which only this command was told"
             elif taken.hidden:
-                if target.unseen is not None:
-                    target.unseen.close()
-                target.unseen = probe
+                target.unseen += 1
+                left.append(probe)  # to close it now would wake up whoever has accepted it
             else:
                 target.others += 1
                 probe.close()
@@ -151,11 +160,23 @@ class Acceptance:
                     f"pid {target.waiter.pid} waits on {url} ({target.waiter.how}); {target.vanished} probes were "
                     "closed too soon to tell who had accepted them"
                 )
-        if not target.proof and target.unseen is not None and now - self._started >= UNSEEN:
-            target.proven, target.unseen = target.unseen, None
+
+    def _watch(self, target: Target, seen: Seen) -> None:
+        """Probes a command whose processes cannot be looked into."""
+        now = time.monotonic()
+        target.waking = target.waking or Waking()
+        window = target.waking.look(seen.processes, now)
+        if window is Window.CLOSED:
+            target.close()
+        elif window is Window.PROBED:
+            target.probes.append(Probe(target.where))
+        found = target.waking.judge()
+        if not found and target.waking.busy is not None and now - self._started >= BUSY:
+            found = f"pid {target.waking.busy} is busy"
+        if found and target.unseen:
             target.proof = (
-                f"a probe on {url} was accepted, by whom is not to be seen ({seen.hidden}); "
-                "READY=1 or a listener {fd:probe} would prove it"
+                f"{found}; who has accepted them on {target.where.url} is not to be seen ({seen.hidden}): READY=1 or a "
+                "listener {fd:probe} would prove it"
             )
 
     def _probe(self, target: Target, seen: Seen) -> None:

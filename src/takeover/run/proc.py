@@ -132,6 +132,18 @@ def asleep_in(pid: int) -> str:
         return ""
 
 
+def sleeps(pid: int) -> int | None:
+    """How often the threads of a process have gone to sleep so far; None if that is not told."""
+    total = 0
+    for thread in threads(pid):
+        try:
+            with open(f"/proc/{pid}/task/{thread}/status", "rb") as file:
+                total += int(file.read().partition(b"\nvoluntary_ctxt_switches:")[2].split()[0])
+        except (OSError, IndexError):
+            return None
+    return total or None
+
+
 def environment(pid: int) -> dict[str, str]:
     """The environment that a process was started with; empty if it cannot be read."""
     try:

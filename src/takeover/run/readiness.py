@@ -242,9 +242,6 @@ class Check:
         assert self._acceptance is not None
         where = self._acceptance.targets[0].where
         probe = self._acceptance.take()
-        if probe is None:
-            self._look_again()
-            return
 
         def answered(status: int, problem: str) -> None:
             asked = f"GET {self._way.argument}"
