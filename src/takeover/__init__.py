@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from . import aio as aio
     from . import errors as errors
     from ._backend import ECHO, Loop, backend
-    from .controller import Server
+    from .hosted import Server
     from .protocol import Limits
     from .records import NOT_NOW, Moved
     from .server import serve
@@ -52,7 +52,7 @@ _HOMES = {
     "Moved": "records",
     "NOT_NOW": "records",
     "Report": "service",
-    "Server": "controller",
+    "Server": "hosted",
     "Service": "service",
     "backend": "_backend",
     "join": "service",

@@ -49,6 +49,7 @@ class ControlThread:
         self.selector.register(self._wake_reading, selectors.EVENT_READ, self._woken)
         self._next_tick = 0.0
         self._at_next_tick: list[Callable[[], object]] = []
+        self._alarm: tuple[float, Callable[[], object]] | None = None
         self._thread = threading.Thread(target=self._run, name="takeover-control", daemon=True)
 
     def start(self) -> None:
@@ -120,6 +121,10 @@ class ControlThread:
             self._next_tick = time.monotonic() + self.limits.heartbeat
         self._at_next_tick.append(callback)
 
+    def call_in(self, seconds: float, callback: Callable[[], object]) -> None:
+        """Runs the callback in the control thread when so many seconds have passed, in place of the last such wish."""
+        self.post(lambda: setattr(self, "_alarm", (time.monotonic() + seconds, callback)))
+
     def run_step(self, exchange: Exchange, work: Callable[[], object]) -> None:
         """Lets one exchange work; a mistake in it costs that exchange its link, not the service its control thread."""
         if exchange not in self.exchanges or exchange.finished:
@@ -136,7 +141,7 @@ class ControlThread:
     def _run(self) -> None:
         while not self.ended.is_set():
             ticking = self._needs_ticks()
-            for key, mask in self.selector.select(max(0.0, self._next_tick - time.monotonic()) if ticking else None):
+            for key, mask in self.selector.select(self._patience(ticking=ticking)):
                 still = self.selector.get_map().get(key.fd)
                 if still is not None and still.data is key.data:
                     key.data(mask)
@@ -149,9 +154,19 @@ class ControlThread:
                     self._run_posted(callback)
                 for exchange in list(self.exchanges):
                     self.run_step(exchange, exchange.tick)
+            if self._alarm is not None and time.monotonic() >= self._alarm[0]:
+                (_, callback), self._alarm = self._alarm, None
+                self._run_posted(callback)
         while self._posted:
             # Whoever asks looks at `ended` after posting: it was not set yet, so there must be an answer.
             self._run_posted(self._posted.popleft())
+
+    def _patience(self, *, ticking: bool) -> float | None:
+        """Seconds until there is something to do, should nothing come."""
+        moments = [self._next_tick] if ticking else []
+        if self._alarm is not None:
+            moments.append(self._alarm[0])
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _run_posted(self, callback: Callable[[], object]) -> None:
         try:

@@ -8,19 +8,21 @@ import socket
 import threading
 import time
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 from ._backend import backend
 from ._version import VERSION
+from .activation import Given
 from .blobs import Blobs
-from .channel import Channel
 from .control import ControlPath, Identity, remove_own
 from .control_thread import ControlThread
 from .exchange import Exchange, logger
+from .hosted import Server, Settings
 from .incumbent import UNDECIDED, Incumbent
 from .link import Link, close_all
 from .listeners import Held, url_of
-from .protocol import Limits, Local, State
+from .moments import Moments
+from .protocol import Local, State
 from .successor import Elder, Inherited, Successor
 from .wire import Type
 
@@ -28,71 +30,13 @@ MOST_CONNECTIONS = 256
 """Control connections at a time; the oldest that has not said what it wants makes room for a newer one."""
 
 
-class Server:
-    """What a takeover asks of the server around it. Each method is called in the control thread and must not block.
-
-    `live` says whether it can take live connections from an older process.
-    """
-
-    live = False
-
-    def start_accepting(self) -> None:
-        """Accept again: a takeover that had been committed was undone."""
-
-    def stop_accepting(self, kept: frozenset[str]) -> None:
-        """Stop accepting on all listeners but those named, which the successor has no use for."""
-
-    def drain(self) -> None:
-        """The successor is settled: serve what is left, close the listeners, end."""
-
-    def undone(self, reason: str) -> None:
-        """The incumbent took the service back in our probation: stop accepting, serve what is left, end."""
-
-    def stop(self) -> None:
-        """Somebody asked for the end of the service."""
-
-    def take_connections(self, channel: Channel, limits: Limits) -> None:
-        """An older process moves its live connections here along a channel, which is the server's from now on."""
-        channel.close()
-
-    def give_connections(self, channel: Channel, limits: Limits) -> None:
-        """The successor asks for the live connections, along a channel that is the server's from now on."""
-        channel.close()
-
-    def connections(self) -> int:
-        """How many connections are open."""
-        return 0
-
-    def moves(self) -> dict[str, Any]:
-        """What has moved, for status; empty where nothing ever does."""
-        return {}
-
-    def details(self) -> dict[str, Any]:
-        """What status shows besides, under names of its own."""
-        return {}
-
-    def after_fork(self) -> None:
-        """In a forked child, where this server does not run: close what only the server needs."""
-
-
-class Settings(NamedTuple):
-    """How this process takes part; see join()."""
-
-    service: str
-    strict: bool
-    dry_run: bool
-    probation: float
-    drain_timeout: float
-    max_generations: int
-    limits: Limits
-
-
 class Controller(ControlThread):
     """Owns the control socket and the lock from the moment at which the service is its own until it is handed over.
 
     `state` is one of the words that status shows: joining, warming, serving, probation, draining, stopped, undone.
-    `unclaimed` are the inherited listeners that nobody has asked for yet. `over` is set when the service is not this
-    process's any more, or is to end; `yielded` from the READY of a successor on, unless that comes to nothing.
+    `unclaimed` are the inherited listeners that nobody has asked for yet, `given` those of the service manager. `over`
+    is set when the service is not this process's any more, or is to end; `yielded` from the READY of a successor on,
+    unless that comes to nothing.
     """
 
     def __init__(self, control: ControlPath, server: Server, settings: Settings) -> None:
@@ -104,7 +48,9 @@ class Controller(ControlThread):
         self.state = "joining"
         self.listeners: list[Held] = []
         self.unclaimed: list[Inherited] = []
+        self.given: list[Given] = []
         self.blobs = Blobs()
+        self.moments = Moments(self)
         self.over = threading.Event()
         self.last_takeover: dict[str, Any] | None = None
         self._began = time.monotonic()
@@ -134,6 +80,7 @@ class Controller(ControlThread):
     def settled(self, successor: Successor) -> None:
         """The takeover is final, on this side; what this version has no use for is drained by the incumbent."""
         self.state = "serving"
+        self.moments.succeeded({})
         close_all([kept.descriptor for kept in self.unclaimed])
         self.unclaimed.clear()
         self._note(successor, "committed")
@@ -141,6 +88,7 @@ class Controller(ControlThread):
     def lose_service(self, successor: Successor) -> None:
         """The incumbent took the service back: what is not ours any more is forgotten, and stays in the file system."""
         self.state = "undone"
+        self.moments.stopping("the takeover was undone")
         self._let_go()
         self.over.set()
         self.server.undone(successor.reason)
@@ -235,6 +183,7 @@ class Controller(ControlThread):
     def release_service(self, incumbent: Incumbent) -> None:
         """The service is the successor's for good: what is left here drains, listeners without use too."""
         self.state = "draining"
+        self.moments.released(incumbent.link.peer.pid)
         for held in self.listeners:
             if held.name in incumbent.ready.get("unused", ()) or not held.is_open:
                 held.remove_path()
@@ -246,7 +195,7 @@ class Controller(ControlThread):
         """Sends DONE with the links to the older processes; they are closed here, the successor watches them now."""
         leaving = [exchange for exchange in self._elder_exchanges() if exchange.link.between_frames]
         elders = [exchange.elder._asdict() for exchange in leaving]
-        body = {"left": self.server.connections(), "elders": elders}
+        body = {"left": self.server.connections(), "elders": elders, "manager": self.moments.manager.legacy()}
         links = [os.dup(exchange.link.fileno()) for exchange in leaving]
         link.send(Type.DONE, body, links, given=links)
         for exchange in leaving:
@@ -263,11 +212,13 @@ class Controller(ControlThread):
             logger.info("dry run of pid %d: %s", incumbent.link.peer.pid, incumbent.reason)
         else:
             self._note(incumbent, "undone")
+            self.moments.refused(incumbent.reason)
             logger.warning("the takeover by pid %d is off: %s; serving on", incumbent.link.peer.pid, incumbent.reason)
 
     def stop_requested(self, pid: int) -> None:
         """Somebody asked for the end of the service over the control socket."""
         logger.info("pid %d asks to stop", pid)
+        self.moments.stopping(f"pid {pid} has asked to stop")
         self.post(self.leave)
         self.over.set()
         self.server.stop()
@@ -282,11 +233,13 @@ class Controller(ControlThread):
                 self.run_step(exchange, lambda: exchange.step(Local.LEAVING))  # noqa: B023
                 exchange.link.finish(self.limits.silence)
         self.blobs.no_more()
+        self.moments.stopping("stopping")
         if self._lock >= 0:
             if self._listening is not None:
                 remove_own(self.control.path, self._identity)
             for held in self.listeners:
-                held.remove_path()
+                if not self.moments.manager.keeps_one(held):
+                    held.remove_path()
             lock, self._lock = self._lock, -1
             self._let_go()
             self.control.unlock(lock)
@@ -304,8 +257,11 @@ class Controller(ControlThread):
         super().close_after_fork()
         if self._listening is not None:
             self._listening.close()
-        close_all([self._lock, *(kept.descriptor for kept in self.unclaimed)])
+        close_all(
+            [self._lock, *(kept.descriptor for kept in self.unclaimed), *(each.descriptor for each in self.given)]
+        )
         self.unclaimed.clear()
+        self.given.clear()
         self.blobs.close()
         self._listening, self._lock = None, -1
 
@@ -330,6 +286,7 @@ class Controller(ControlThread):
             "moved": self.server.moves(),
             "last_takeover": self.last_takeover,
             **self.server.details(),
+            **self.moments.status(),
         }
 
     def _accept(self, _mask: int) -> None:

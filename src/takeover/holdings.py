@@ -12,6 +12,7 @@ from .errors import AddressError
 from .listeners import Held
 
 if TYPE_CHECKING:
+    from .activation import Given
     from .successor import Inherited
 
 
@@ -44,17 +45,22 @@ class Holdings:
         yield from self.adopted
         yield from self.bound
 
-    def claim(self, url: str, name: str | None, backlog: int, unclaimed: list[Inherited]) -> list[socket.socket]:
-        """All sockets of an address, as Service.listen_all() says; what is adopted leaves the list of the unclaimed."""
+    def claim(
+        self, url: str, name: str | None, backlog: int, unclaimed: list[Inherited], given: list[Given]
+    ) -> list[socket.socket]:
+        """All sockets of an address, as Service.listen_all() says; what is adopted leaves the list where it was."""
         socks = []
         for address in listeners.resolve(url):
             key = (address.family, address.type, address.address)
             if key in self._asked and not address.any_port:
                 raise AddressError(f"{url}: this address was asked for already")
             self._asked.add(key)
-            adopted = [kept for kept in unclaimed if address.is_that_of(kept.descriptor, kept.url)]
+            inherited = [kept for kept in unclaimed if address.is_that_of(kept.descriptor, kept.url)]
+            activated = [kept for kept in given if address.is_that_of(kept.descriptor, kept.url)]
+            adopted: list[Inherited | Given] = [*inherited, *activated]
+            unclaimed[:] = [kept for kept in unclaimed if kept not in inherited]
+            given[:] = [kept for kept in given if kept not in activated]
             for kept in adopted:
-                unclaimed.remove(kept)
                 sock = self._watched(socket.socket(fileno=kept.descriptor))
                 sock.setblocking(False)
                 socks.append(self._hold(self.adopted, sock, name, url, kept.identity, backlog))

@@ -75,6 +75,8 @@ class Incumbent(Exchange):
                 return Local.DENIED
             self.dry_run = frame.body["dry_run"]
             logger.info("pid %d asks for the service%s", self.link.peer.pid, " (dry run)" if self.dry_run else "")
+            if not self.dry_run:
+                self.owner.moments.asked(self.link.peer.pid)
         elif frame.type is Type.STOP:
             busy = self.owner.busy_with(self)
             if busy is not None:

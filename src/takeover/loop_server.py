@@ -10,10 +10,10 @@ from typing import Any
 from . import listeners
 from .channel import Account, Channel, End
 from .connections import Connections
-from .controller import Server
 from .errors import Aborted, ListenError
 from .exchange import logger
 from .giver import Giver
+from .hosted import Server
 from .protocol import Limits
 from .service import Service
 from .taker import Taker
@@ -79,6 +79,9 @@ class LoopServer(Server, ABC):
 
     def stop(self) -> None:
         self._soon(self.end)
+
+    def alive(self, answer: Callable[[], object]) -> None:
+        self._soon(answer)
 
     def moves(self) -> dict[str, Any]:
         return self.account.report()

@@ -8,13 +8,14 @@ from collections.abc import Collection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import blobs, listeners, original
+from . import activation, blobs, listeners, original
 from .control import ControlPath
-from .controller import Controller, Server, Settings
+from .controller import Controller
 from .descriptors import grow_table
 from .errors import (
     AddressError,
     Interrupted,
+    ListenError,
     LocalError,
     LocalProtocolError,
     PeerLost,
@@ -23,9 +24,11 @@ from .errors import (
 )
 from .exchange import logger
 from .holdings import Holdings
+from .hosted import Server, Settings
 from .link import Link
 from .protocol import Limits, Local
 from .successor import Successor
+from .systemd import ServiceManager
 from .wire import LONGEST_TEXT, as_text
 
 if TYPE_CHECKING:
@@ -66,10 +69,15 @@ class Service:
         self._from_original = False
         self._is_ready = False
         self._lock = -1
+        given = activation.take()
         if server.live:
             grow_table()
         self._controller = Controller(control, server, settings)
-        self._holdings = Holdings()
+        self._controller.given = given
+        if not settings.dry_run:
+            self._controller.moments.manager = ServiceManager.from_environment()
+        manager = self._controller.moments.manager
+        self._holdings = Holdings(manager.forget_closed if manager else None)
         self._controller.start()
         try:
             self._join()
@@ -96,7 +104,7 @@ class Service:
         return self._is_ready and not self._controller.yielded and not self._controller.over.is_set()
 
     def listen(self, url: str, *, name: str | None = None, backlog: int = listeners.BACKLOG) -> socket.socket:
-        """The one socket of an address: adopted from the incumbent if it has it, else bound anew.
+        """The one socket of an address: from the incumbent or the service manager, if they have it, else bound anew.
 
         It is non-blocking and must stay so until ready() has returned: the incumbent shares it. A stream socket that
         was bound anew listens from ready() on. It is the caller's; closing it gives the address up. Raises AddressError
@@ -117,7 +125,16 @@ class Service:
         if self._is_ready:
             raise LocalProtocolError("listen() after ready(): the service has been committed with its listeners")
         _check_text("name", name or url)
-        return self._holdings.claim(url, name, backlog, self._controller.unclaimed)
+        unclaimed, given = self._controller.unclaimed, self._controller.given
+        before = list(given)
+        try:
+            socks = self._holdings.claim(url, name, backlog, unclaimed, given)
+        except ListenError as error:
+            raise activation.explain(error, given) from None
+        for each in before:
+            if each not in given:
+                logger.info("adopted %s, which the service manager has given (%s)", each.url, each.name)
+        return socks
 
     def name_of(self, sock: socket.socket) -> str:
         """The name under which the report and `takeover status` show a socket that listen() returned."""
@@ -135,11 +152,14 @@ class Service:
         adopted = tuple(held.name for held in self._holdings.adopted)
         bound = tuple(held.name for held in self._holdings.bound)
         successor = self._successor
+        if self._settings.strict and self._controller.given:
+            raise LocalError(f"strict: {activation.in_words(self._controller.given)}, which is not asked for")
         if self._settings.strict and (unused or (bound and (successor is not None or self._from_original))):
             raise LocalError(
                 f"strict: {len(unused)} listeners of the incumbent are not used ({', '.join(unused) or 'none'}), "
                 f"{len(bound)} would be bound anew ({', '.join(bound) or 'none'})"
             )
+        activation.close_unused(self._controller.given)
         self._holdings.listen(all_of_them=not self._settings.dry_run)
         began = time.monotonic()
         incumbent = 0
@@ -165,6 +185,7 @@ class Service:
         self._controller.ask(warm)
         successor.committed.result()
         self._controller.ask(lambda: self._controller.run_step(successor, self._accepting))
+        self._controller.ask(self._controller.moments.ready)
 
     def _accepting(self) -> None:
         assert self._successor is not None
@@ -176,6 +197,7 @@ class Service:
         if self._from_original:
             self._controller.generation = 2
         self._controller.state = "serving"
+        self._controller.moments.ready()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Blocks until the service is this process's no more: taken over, taken back, or asked to stop.
@@ -184,6 +206,11 @@ class Service:
         end.
         """
         return self._controller.over.wait(timeout)
+
+    @property
+    def manager(self) -> ServiceManager:
+        """What this process says to its service manager, beside what is said for it at a takeover: docs/systemd.md."""
+        return self._controller.moments.manager
 
     def hand_over(self, name: str, data: Buffer) -> None:
         """Gives a copy of the data to the next process, which asks for it with inherited(name); from ready() on.
@@ -239,6 +266,7 @@ class Service:
         self._give_up("interrupted")
         owned = self._is_ready and self._controller.state not in ("undone", "joining")
         self.leave()
+        self._controller.moments.manager.last_words()
         self._controller.close()
         if self._lock >= 0:
             self._control.unlock(self._lock)
@@ -312,7 +340,10 @@ class Service:
         if self._lock >= 0:
             lock, self._lock = self._lock, -1
             self._controller.ask(lambda: self._controller.keep_lock(lock))
-        self._controller.unclaimed = self._controller.ask(successor.take_listeners)
+        unclaimed = self._controller.unclaimed = self._controller.ask(successor.take_listeners)
+        self._controller.given = activation.without_duplicates(
+            self._controller.given, [kept.descriptor for kept in unclaimed]
+        )
 
 
 def _check_text(what: str, text: str) -> None:

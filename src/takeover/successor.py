@@ -261,6 +261,7 @@ class Successor(Exchange):
                 self.joiner.watch_elder(descriptors.pop(0), elder).open_channel()
         finally:
             close_all(descriptors)
+        self.joiner.moments.succeeded(frame.body)
 
     def changed(self, before: State) -> None:
         if self.state in (State.OWNER, State.UNDONE, State.FAILED):

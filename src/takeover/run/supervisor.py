@@ -15,9 +15,9 @@ from typing import Any
 
 from takeover import listeners as sockets
 from takeover.announcement import tell_start
-from takeover.controller import Server
 from takeover.errors import Aborted, CommandError, Interrupted, TakeoverError
 from takeover.exchange import logger
+from takeover.hosted import Server
 from takeover.service import Service, join
 
 from . import orphans, output, process, readiness, remains
