@@ -20,10 +20,12 @@ PROBE = "probe"
 """The name of the private listener on which some ways to probe reach nobody but the new process."""
 
 _NOT_PASSED_ON = (
+    "FDSTORE",
     "LISTEN_FDNAMES",
     "LISTEN_FDS",
     "LISTEN_PID",
     "LISTEN_PIDFDID",
+    "MAINPID",
     "NOTIFY_SOCKET",
     "WATCHDOG_PID",
     "WATCHDOG_USEC",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from takeover.errors import TakeoverError, UsageError
 from takeover.logs import log_to_standard_error
 
+from . import telling
 from .options import NOT_BY_HAND, Options
 from .supervisor import Moment, Observer, Supervisor
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if status is not None:
                 return status
         supervisor = Supervisor(options, ignored - _SET_BY_PYTHON)
-        supervisor.observers += observers
+        supervisor.observers += [*observers, telling.observer_of(supervisor)]
         return supervisor.run()
     except TakeoverError as error:
         with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -347,6 +347,9 @@ class Supervisor(Server):
     def stop(self) -> None:
         self.events.post(lambda: self._stop("takeover stop"))
 
+    def alive(self, answer: Callable[[], object]) -> None:
+        self.events.post(answer)
+
     def details(self) -> dict[str, Any]:
         crew = self.crew
         return {
