@@ -8,7 +8,7 @@ requests            requests that were answered in full, with status 200
 connects            connections that were made
 connects_failed     those that were not, by reason
 requests_failed     requests that were sent and not answered in full with status 200, by reason
-keep_alives_lost    connections closed without notice under a request after their first: not a byte came back
+keep_alives_lost    connections closed without notice under a request after their first, which nobody had read
 keep_alives_noticed connections closed with notice: `Connection: close`, or an end before a request was sent
 websockets_closed   websockets that the server ended, by code (1006: without a close frame)
 messages            websocket messages that came back
@@ -16,8 +16,9 @@ processes           how many processes answered, by the pid in the body
 seconds, slowest_ms of the whole run; of the slowest request, with its connect
 
 A server may close an idle connection at any moment, also while the next request is on its way to it (RFC 9112, section
-9.5): that client knows that nothing was processed only if it gets no byte back, and sends again. So this is a column of
-its own. A request that is the first of its connection, or whose answer is cut, is a failed one.
+9.5). Then it has not read that request, and a reset tells the client so, who may send it again: this is a column of its
+own. A request that is the first of its connection, that was read and not answered (the connection ends without a
+reset), or whose answer is cut, is a failed one.
 
 With --lines a request is a line, which a server of lines gives back.
 """
@@ -39,6 +40,8 @@ from collections import Counter
 
 LIMIT = 20.0
 """Seconds after which a request counts as failed."""
+
+CLOSED = "closed"
 
 
 class Cut(Exception):
@@ -89,13 +92,23 @@ class Connection:
         poll.register(self.sock, select.POLLIN | select.POLLRDHUP)
         return bool(poll.poll(0))
 
+    async def is_reset(self) -> bool:
+        """Whether a reset follows on an end of file, as it does when the server has closed before it read all."""
+        poll = select.poll()
+        poll.register(self.sock, 0)
+        for _ in range(10):
+            if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+                return True
+            await asyncio.sleep(0.01)
+        return False
+
     async def send(self, data: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(self.sock, data)
 
     async def more(self) -> None:
         data = await asyncio.get_running_loop().sock_recv(self.sock, 65536)
         if not data:
-            raise Cut("closed", len(self.buffer))
+            raise Cut(CLOSED, len(self.buffer))
         self.buffer += data
 
     async def take(self, size: int) -> bytes:
@@ -183,8 +196,10 @@ class Load:
             self.seen.requests_failed["out of time"] += 1
             return False
         except Cut as cut:
-            if first or cut.received:
-                self.seen.requests_failed[f"{cut}, {'cut' if cut.received else 'no answer'}"] += 1
+            was_read = str(cut) == CLOSED and not await connection.is_reset()
+            if first or cut.received or was_read:
+                kind = "answer cut" if cut.received else "first request" if first else "read, but not answered"
+                self.seen.requests_failed[f"{cut}: {kind}"] += 1
             else:
                 self.seen.keep_alives_lost += 1
             return False

@@ -229,3 +229,18 @@ def test_a_conversation_tells_who_waits_for_an_answer(listener: socket.socket) -
             eventually(lambda: look().unread == 6, "the next request has come")
             receive_exactly(server, 6)
             assert not look().is_idle
+
+
+def test_a_client_that_has_left_is_not_waited_for(listener: socket.socket) -> None:
+    with connect(listener) as client, connect(listener) as silent:
+        eventually(lambda: is_waiting(listener), "the connections are in the queue")
+        with listener.accept()[0] as server, listener.accept()[0]:
+            client.sendall(b"hello\n")
+            server.sendall(receive_exactly(server, 6))
+            receive_exactly(client, 6)
+            client.shutdown(socket.SHUT_WR)
+            silent.shutdown(socket.SHUT_WR)
+            assert server.recv(1) == b""
+            found = conversations.of([os.getpid()], [listener])
+            assert [each.client_is_done for each in found] == [True, True]
+            assert not any(each.awaits_its_first_answer for each in found)

@@ -4,7 +4,7 @@ uvicorn:
     takeover run --listen tcp://127.0.0.1:8000 -- \
         uvicorn asgi_app:app --fd {fd} --timeout-graceful-shutdown 25
 hypercorn:
-    takeover run --listen tcp://127.0.0.1:8000 -- \
+    takeover run --listen tcp://127.0.0.1:8000 --drain-first -- \
         hypercorn asgi_app:app --bind fd://{fd} --workers 0
 gunicorn with its own ASGI worker:
     takeover run --listen tcp://127.0.0.1:8000 -- \

@@ -37,7 +37,8 @@ class Conversation(NamedTuple):
 
     unread, unsent: bytes that the process has not read, that the client has not acknowledged. received, sent: segments
     with data so far. The rest are milliseconds since data came, data went, and anything came, an acknowledgement for
-    one, in steps of the kernel's clock (10 ms or less).
+    one, in steps of the kernel's clock (10 ms or less). client_is_done: its end of file has come; some servers take a
+    while until they close then.
     """
 
     pid: int
@@ -50,10 +51,13 @@ class Conversation(NamedTuple):
     since_received: int
     since_sent: int
     since_heard: int
+    client_is_done: bool
 
     @property
     def awaits_its_first_answer(self) -> bool:
         """Whether the client has got nothing yet, whether it has asked already or is about to."""
+        if self.client_is_done and not self.received:
+            return False
         return self.sent == 0 or self.unread > 0
 
     @property
@@ -85,20 +89,29 @@ def of(pids: Iterable[int], listeners: Sequence[socket.socket]) -> list[Conversa
     found = []
     addresses = {(sock.family, sock.getsockname()[1]) for sock in listeners if sock.family in _INTERNET}
     for family, port in addresses:
-        for inode, unread, unsent, info in _dump(family, port):
+        for state, unread, unsent, inode, info in _dump(family, port):
             if inode in holders and len(info) >= _SHORTEST_INFO:
                 since_sent, _, since_received, since_heard = struct.unpack_from("=IIII", info, 44)
-                segments = struct.unpack_from("=II", info, 152)
-                counted = (unread, unsent, *segments, since_received, since_sent, since_heard)
-                found.append(Conversation(*holders[inode], inode, *counted))
+                received, sent = struct.unpack_from("=II", info, 152)
+                counted = (unread, unsent, received, sent)
+                times = (since_received, since_sent, since_heard)
+                found.append(Conversation(*holders[inode], inode, *counted, *times, state == TCP_CLOSE_WAIT))
     return found
+
+
+def segments(sock: socket.socket) -> tuple[int, int]:
+    """How many segments with data a connection has received and sent so far, `received` and `sent` of now."""
+    received, sent = struct.unpack_from(
+        "=II", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SHORTEST_INFO), 152
+    )
+    return received, sent
 
 
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 
-def _dump(family: int, port: int) -> Iterator[tuple[int, int, int, bytes]]:
-    """Inode, unread and unacknowledged bytes and TCP_INFO of each connection with this local port."""
+def _dump(family: int, port: int) -> Iterator[tuple[int, int, int, int, bytes]]:
+    """State, unread and unacknowledged bytes, inode and TCP_INFO of each connection with this local port."""
     request = _REQUEST.pack(family, socket.IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), 0, _STATES)
     request += _IDENTITY.pack(port, 0, bytes(32)) + struct.pack("=III", 0, 0, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
@@ -117,7 +130,7 @@ def _dump(family: int, port: int) -> Iterator[tuple[int, int, int, bytes]]:
                 position += (length + 3) & ~3
 
 
-def _one(message: bytes) -> tuple[int, int, int, bytes]:
+def _one(message: bytes) -> tuple[int, int, int, int, bytes]:
     """From struct inet_diag_msg and the attributes behind it."""
     unread, unsent, _, inode = struct.unpack_from("=IIII", message, 56)
     position, info = 72, b""
@@ -126,4 +139,4 @@ def _one(message: bytes) -> tuple[int, int, int, bytes]:
         if kind == INET_DIAG_INFO:
             info = message[position + 4 : position + length]
         position += max(4, (length + 3) & ~3)
-    return inode, unread, unsent, info
+    return message[1], unread, unsent, inode, info

@@ -12,9 +12,10 @@ between two, where they may close it. A few servers finish nothing and cut off e
 `drain` one more step is done for them:
 
 4. The signal waits until no connection is left. Those that are idle between two requests are ended from outside:
-   shutdown(SHUT_RD) on a copy of the connection, so that the server reads an end of file, as if the client had left. A
-   request that was on its way meanwhile is read first. For half of the time an answer counts as ended when nothing
-   more of it has come for REST; after that, each moment counts in which the last data was an answer's.
+   shutdown() on a copy of the connection, so that client and server read an end of file. A request that was on its way
+   is answered by the kernel with a reset, as where a server closes an idle connection (RFC 9112, section 9.5): nobody
+   has read it, and the client may send it again. For half of the time an answer counts as ended when nothing more of it
+   has come for REST; after that, each moment counts in which the last data was an answer's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ PATIENCE = 1.0
 """Seconds for what has been accepted to become a request, and for a busy server to finish its turn."""
 
 PAUSE = 0.005
-"""Seconds between two looks; more where a look takes long, so that looking takes a fifth of a CPU at most."""
+"""Seconds between two looks; more where a look takes long, so that looking takes a quarter of a CPU at most."""
+
+HUSHED_FOR = 0.1
+"""Seconds after which the epoll sets are looked at again."""
 
 
 REST = 100
@@ -62,7 +66,7 @@ class Quieting:
         self._awake: set[tuple[int, int]] = set()
         self._pids_hushed: set[int] = set()
         self._timer: Timer | None = None
-        self._served = -1
+        self._hush_again = 0.0
         self._ended: set[int] = set()
         self._hush()
         if self._pids_hushed:
@@ -77,6 +81,10 @@ class Quieting:
 
     def _hush(self) -> None:
         """Again and again: a server that had enough connections for a while adds its listener anew."""
+        now = time.monotonic()
+        if now < self._hush_again:
+            return
+        self._hush_again = now + HUSHED_FOR
         for entry in hush.hush(self._pids(), self._listeners):
             self._awake.add((entry.pid, entry.epoll))
             self._pids_hushed.add(entry.pid)
@@ -93,7 +101,7 @@ class Quieting:
             logger.debug("not waiting for what was accepted: %s", error)
             self._on_quiet()
             return
-        pause = max(PAUSE, 4 * (time.monotonic() - began))
+        pause = max(PAUSE, 3 * (time.monotonic() - began))
         self._timer = self._events.call_later(pause, self._look)
 
     def _is_quiet(self, waited: float) -> bool:
@@ -107,6 +115,7 @@ class Quieting:
         left = conversations.of(self._pids_hushed, self._listeners)
         if not self._drain:
             return not any(each.awaits_its_first_answer for each in left)
+        left = [each for each in left if not (each.client_is_done and each.may_be_idle)]
         if not left or waited > self._drain:
             if left:
                 logger.info("%d connections are left after %.0f s: the stop signal ends them", len(left), waited)
@@ -124,13 +133,12 @@ class Quieting:
         return False
 
     def _end(self, idle: conversations.Conversation) -> None:
-        fetched = hush.fetch(idle.pid, idle.descriptor)
-        if os.fstat(fetched).st_ino != idle.inode:  # the number is another's by now
-            os.close(fetched)
-            return
-        self._ended.add(idle.inode)
-        with socket.socket(fileno=fetched) as sock:
-            try:
-                sock.shutdown(socket.SHUT_RD)
-            except OSError as error:
-                logger.debug("shutdown of an idle connection of pid %d: %s", idle.pid, error.strerror)
+        try:
+            with socket.socket(fileno=hush.fetch(idle.pid, idle.descriptor)) as sock:
+                # The number may be another connection's by now, and there may be another request.
+                known = os.fstat(sock.fileno()).st_ino == idle.inode
+                if known and conversations.segments(sock) == (idle.received, idle.sent):
+                    sock.shutdown(socket.SHUT_RDWR)
+                    self._ended.add(idle.inode)
+        except OSError as error:
+            logger.debug("an idle connection of pid %d was not ended: %s", idle.pid, error.strerror)
