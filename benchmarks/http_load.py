@@ -93,10 +93,13 @@ class Connection:
         return bool(poll.poll(0))
 
     async def is_reset(self) -> bool:
-        """Whether a reset follows on an end of file, as it does when the server has closed before it read all."""
+        """Whether a reset follows on an end of file, as it does when the server has closed before it read all.
+
+        A request that was lost on the way is sent again by the kernel after 200 ms at the earliest, and reset then.
+        """
         poll = select.poll()
         poll.register(self.sock, 0)
-        for _ in range(10):
+        for _ in range(100):
             if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
                 return True
             await asyncio.sleep(0.01)

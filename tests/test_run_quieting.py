@@ -206,7 +206,7 @@ def test_a_server_that_cuts_everything_at_the_signal_is_drained_first(
 
 def test_a_conversation_tells_who_waits_for_an_answer(listener: socket.socket) -> None:
     def look() -> conversations.Conversation:
-        (found,) = conversations.of([os.getpid()], [listener])
+        (found,) = conversations.of(conversations.holders([os.getpid()]), [listener])
         return found
 
     with connect(listener) as client:
@@ -241,6 +241,6 @@ def test_a_client_that_has_left_is_not_waited_for(listener: socket.socket) -> No
             client.shutdown(socket.SHUT_WR)
             silent.shutdown(socket.SHUT_WR)
             assert server.recv(1) == b""
-            found = conversations.of([os.getpid()], [listener])
+            found = conversations.of(conversations.holders([os.getpid()]), [listener])
             assert [each.client_is_done for each in found] == [True, True]
             assert not any(each.awaits_its_first_answer for each in found)

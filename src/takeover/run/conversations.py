@@ -9,10 +9,13 @@ Requests and answers are those of include/uapi/linux/{netlink,sock_diag,inet_dia
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+from takeover.listeners import SO_ATTACH_FILTER
 
 from . import proc
 
@@ -24,6 +27,12 @@ NLMSG_DONE = 3
 INET_DIAG_INFO = 2
 TCP_ESTABLISHED = 1
 TCP_CLOSE_WAIT = 8
+SO_DETACH_FILTER = 27
+"""include/uapi/asm-generic/socket.h"""
+
+_DROP = (0x06, 0, 0, 0)
+"""struct sock_filter, include/uapi/linux/filter.h: return 0, of each segment keep nothing."""
+
 _STATES = 1 << TCP_ESTABLISHED | 1 << TCP_CLOSE_WAIT
 _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBBI")
@@ -75,17 +84,26 @@ class Conversation(NamedTuple):
         return self.may_be_idle and (self.unsent > 0 or min(self.since_sent, self.since_heard) < self.since_received)
 
 
-def of(pids: Iterable[int], listeners: Sequence[socket.socket]) -> list[Conversation]:
-    """The connections that these processes have accepted from these TCP listeners, as they are at this moment.
+Holders = dict[int, tuple[int, int]]
+"""The process that has a socket, and its descriptor there, by the socket's inode."""
 
-    Raises OSError where the kernel does not tell, and Hidden where /proc does not.
-    """
-    holders: dict[int, tuple[int, int]] = {}
+
+def holders(pids: Iterable[int]) -> Holders:
+    """Who has which socket. Raises Hidden where /proc does not tell."""
+    found: Holders = {}
     for pid in pids:
         for descriptor, link in proc.descriptors(pid).items():
             inode = proc.inode_of(link)
             if inode is not None:
-                holders.setdefault(inode, (pid, descriptor))
+                found.setdefault(inode, (pid, descriptor))
+    return found
+
+
+def of(holders: Holders, listeners: Sequence[socket.socket]) -> list[Conversation]:
+    """The connections from these TCP listeners that somebody among the holders has, as they are at this moment.
+
+    Raises OSError where the kernel does not tell.
+    """
     found = []
     addresses = {(sock.family, sock.getsockname()[1]) for sock in listeners if sock.family in _INTERNET}
     for family, port in addresses:
@@ -99,12 +117,22 @@ def of(pids: Iterable[int], listeners: Sequence[socket.socket]) -> list[Conversa
     return found
 
 
-def segments(sock: socket.socket) -> tuple[int, int]:
-    """How many segments with data a connection has received and sent so far, `received` and `sent` of now."""
-    received, sent = struct.unpack_from(
-        "=II", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SHORTEST_INFO), 152
-    )
-    return received, sent
+def end(sock: socket.socket, idle: Conversation) -> bool:
+    """Shuts a connection down, of which this is a copy, if nothing has come or gone since it was looked at.
+
+    Meanwhile a filter of our own on the socket (socket(7), SO_ATTACH_FILTER) drops what comes, so that no request can
+    slip in between the look and the shutdown; its sender sends it again. Raises OSError.
+    """
+    instruction = ctypes.create_string_buffer(struct.pack("HBBI", *_DROP))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(instruction)))
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SHORTEST_INFO)
+        if struct.unpack_from("=II", info, 152) != (idle.received, idle.sent):
+            return False
+        sock.shutdown(socket.SHUT_RDWR)
+        return True
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
 
 _INTERNET = (socket.AF_INET, socket.AF_INET6)

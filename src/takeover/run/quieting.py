@@ -14,8 +14,8 @@ between two, where they may close it. A few servers finish nothing and cut off e
 4. The signal waits until no connection is left. Those that are idle between two requests are ended from outside:
    shutdown() on a copy of the connection, so that client and server read an end of file. A request that was on its way
    is answered by the kernel with a reset, as where a server closes an idle connection (RFC 9112, section 9.5): nobody
-   has read it, and the client may send it again. For half of the time an answer counts as ended when nothing more of it
-   has come for REST; after that, each moment counts in which the last data was an answer's.
+   has read it, and the client may send it again. An answer is taken for complete when nothing more of it has come for
+   a while, which gets shorter towards the end.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ HUSHED_FOR = 0.1
 """Seconds after which the epoll sets are looked at again."""
 
 
-REST = 100
-"""Milliseconds without a byte after which an answer is taken for complete, in the first half of the time."""
+REST = 0.1
+SHORTEST_REST = 0.01
+"""Seconds without a byte after which an answer is taken for complete: at the beginning of the drain, and at its end."""
 
-LONG_REST = 500
-"""The same in the second half, where it is not certain that the last data was an answer."""
+LONG_REST = 0.5
+"""The same where it is not certain that the last data was an answer; in the second half of the drain only."""
 
 
 class Quieting:
@@ -67,6 +68,7 @@ class Quieting:
         self._pids_hushed: set[int] = set()
         self._timer: Timer | None = None
         self._hush_again = 0.0
+        self._holders: conversations.Holders | None = None
         self._ended: set[int] = set()
         self._hush()
         if self._pids_hushed:
@@ -112,7 +114,9 @@ class Quieting:
                 return False
         elif not self._drain:
             return True
-        left = conversations.of(self._pids_hushed, self._listeners)
+        if self._holders is None or not self._drain:
+            self._holders = conversations.holders(self._pids_hushed)
+        left = conversations.of(self._holders, self._listeners)
         if not self._drain:
             return not any(each.awaits_its_first_answer for each in left)
         left = [each for each in left if not (each.client_is_done and each.may_be_idle)]
@@ -136,9 +140,7 @@ class Quieting:
         try:
             with socket.socket(fileno=hush.fetch(idle.pid, idle.descriptor)) as sock:
                 # The number may be another connection's by now, and there may be another request.
-                known = os.fstat(sock.fileno()).st_ino == idle.inode
-                if known and conversations.segments(sock) == (idle.received, idle.sent):
-                    sock.shutdown(socket.SHUT_RDWR)
+                if os.fstat(sock.fileno()).st_ino == idle.inode and conversations.end(sock, idle):
                     self._ended.add(idle.inode)
         except OSError as error:
             logger.debug("an idle connection of pid %d was not ended: %s", idle.pid, error.strerror)
