@@ -9,8 +9,8 @@ import signal
 import pytest
 
 from clients import eventually
-from processes import Room
-from supervised import deploy, processes_of, supervise, wait_for_version, wait_until_gone, who
+from processes import Room, descriptors_at_rest
+from supervised import deploy, do, is_gone, processes_of, supervise, wait_for_version, wait_until_gone, who
 
 
 def test_starting_it_again_is_the_deploy_and_no_connection_fails(room: Room) -> None:
@@ -236,3 +236,51 @@ def test_a_stop_while_a_successor_gets_ready_hands_the_service_on(room: Room) ->
         assert waiting.recv(1) == b"x"
     room.wait_for_owner(second)
     assert who(room)["version"] == 2
+
+
+def test_a_hup_while_the_command_is_being_started_replaces_it_afterwards(room: Room) -> None:
+    gate = os.path.join(room.folder, "gate")
+    supervisor = supervise(room, {"waits_for": gate})
+    supervisor.wait_for("started pid")
+    supervisor.signal(signal.SIGHUP)
+    supervisor.wait_for("once more when that is over")
+    pathlib.Path(gate).touch()
+    supervisor.wait_for("the new command serves")
+
+
+def test_a_stop_during_a_hup_stops_both_commands(room: Room) -> None:
+    gate = os.path.join(room.folder, "gate")
+    pathlib.Path(gate).touch()
+    supervisor = deploy(room, {"waits_for": gate}, stop_timeout=0.5)
+    old = who(room)["pid"]
+    os.unlink(gate)
+    supervisor.signal(signal.SIGHUP)
+    eventually(lambda: supervisor.text.count("started pid") == 2, "the new one is started")
+    assert room.status()["command"]["reloading"]
+    new = int(supervisor.lines[-1].partition("started pid ")[2].partition(":")[0])
+    supervisor.signal(signal.SIGTERM)
+    assert supervisor.wait() == 0
+    assert is_gone(old) and is_gone(new)
+
+
+def test_deploys_replacements_and_restarts_leak_no_descriptor_and_status_counts_connections(room: Room) -> None:
+    wishes = os.path.join(room.folder, "wishes")
+    first = deploy(room)
+    second = deploy(room, {"file": wishes})
+    assert first.wait() == 0
+    before = eventually(lambda: descriptors_at_rest(second.pid), "nothing changes")
+    for number in (1, 2):
+        (old,) = [process["pid"] for process in processes_of(room)]
+        second.signal(signal.SIGHUP)
+        eventually(lambda: second.text.count("the new command serves") == number, "replaced")  # noqa: B023
+        wait_until_gone(old)
+    do(room, "kill 9")
+    assert who(room)["pid"]
+    eventually(lambda: processes_of(room)[0]["ready_since"], "it is ready")
+    pathlib.Path(wishes).write_text('{"exit": 5}')
+    second.signal(signal.SIGHUP)
+    second.wait_for("the command was not replaced")
+    eventually(lambda: descriptors_at_rest(second.pid) == before, f"it holds what it held: {before}")
+    with room.connect(), room.connect():
+        eventually(lambda: room.status()["connections"]["open"] == 2, "two connections are counted")
+    eventually(lambda: room.status()["connections"]["open"] == 0, "they are gone")

@@ -22,6 +22,7 @@ from takeover.service import Service, join
 
 from . import orphans, output, process, readiness, remains
 from .command import Listening, executable_of, fill_in
+from .counting import Counting
 from .crew import FAILED_STOP, Crew, Plan
 from .events import Events
 from .options import Options
@@ -85,6 +86,10 @@ class Supervisor(Server):
         self._asked_to_stop = 0
         self._reload_again = False
         self._unused: frozenset[str] = frozenset()
+        self._counting = Counting(
+            lambda: [pid for crew in list(self._crews) for pid in crew.pids],
+            lambda: [listener.sock for listener in self._plan.listeners] if self._plan is not None else [],
+        )
         self._status = 0
         self._failure: TakeoverError | None = None
 
@@ -349,6 +354,9 @@ class Supervisor(Server):
 
     def alive(self, answer: Callable[[], object]) -> None:
         self.events.post(answer)
+
+    def connections(self) -> int:
+        return self._counting()
 
     def details(self) -> dict[str, Any]:
         crew = self.crew
