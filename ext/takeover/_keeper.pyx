@@ -12,7 +12,6 @@ and ends; so the keeper is a child of init (or of the nearest subreaper) and has
 """
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
-from libc.string cimport memcpy, memmove
 
 from takeover._keeper_memory cimport PAGE, Maps, Range, free_memory, syscall
 
@@ -37,7 +36,16 @@ cdef extern from *:
     #include <sys/socket.h>
     #include <sys/syscall.h>
     #include <sys/wait.h>
+
+    /* Forwards. Not memcpy(3), nor anything that a compiler takes for it: what libc chooses a way by is gone. */
+    static void copy(void *to, const void *from, size_t size) {
+        volatile unsigned char *target = (volatile unsigned char *)to;
+        const volatile unsigned char *source = (const volatile unsigned char *)from;
+        while (size--)
+            *target++ = *source++;
+    }
     """
+    void copy(void *to, const void *source, size_t size) nogil
 
 cdef extern from "<errno.h>" nogil:
     enum: EAGAIN, ECONNABORTED, EINTR, EBADF
@@ -389,7 +397,7 @@ cdef bint serve(Keeper *keeper, int fd) noexcept nogil:
             keeper.message[0] = c"N"
             return answer(keeper, fd, 1, -1)
         entry = &keeper.entries[index]
-        memcpy(keeper.message + 1, keeper.texts + entry.at, entry.size)
+        copy(keeper.message + 1, keeper.texts + entry.at, entry.size)
         return answer(keeper, fd, 1 + entry.size, entry.fd)
     if kind == c"E":
         done(keeper, fd)
@@ -407,7 +415,7 @@ cdef bint take(Keeper *keeper, int fd, int came, long size) noexcept nogil:
         syscall(SYS_close, came)
         return refuse(keeper, fd)
     entry.fd, entry.size, entry.at = came, <uint32_t>size, keeper.written
-    memcpy(keeper.texts + keeper.written, keeper.message + 1, size)
+    copy(keeper.texts + keeper.written, keeper.message + 1, size)
     keeper.written += size
     keeper.coming += 1
     return done(keeper, fd)
@@ -423,7 +431,7 @@ cdef void commit(Keeper *keeper) noexcept nogil:
     for i in range(keeper.coming):
         keeper.entries[i] = keeper.entries[keeper.held + i]
         keeper.entries[i].at -= start
-    memmove(keeper.texts, keeper.texts + start, keeper.written - start)
+    copy(keeper.texts, keeper.texts + start, keeper.written - start)
     keeper.written -= start
     keeper.held = keeper.coming
     keeper.coming = 0
@@ -456,7 +464,7 @@ cdef long receive(Keeper *keeper, int fd, int *came) noexcept nogil:
     block = CMSG_FIRSTHDR(&message)
     if block != NULL and block.cmsg_level == SOL_SOCKET and block.cmsg_type == SCM_RIGHTS:
         if block.cmsg_len >= CMSG_LEN(sizeof(int)):
-            memcpy(came, CMSG_DATA(block), sizeof(int))
+            copy(came, CMSG_DATA(block), sizeof(int))
     return 0 if message.msg_flags & (MSG_CTRUNC | MSG_TRUNC) else size
 
 
@@ -474,7 +482,7 @@ cdef bint answer(Keeper *keeper, int fd, size_t size, int descriptor) noexcept n
         message.msg_control, message.msg_controllen = control, CMSG_LEN(sizeof(int))
         block = CMSG_FIRSTHDR(&message)
         block.cmsg_level, block.cmsg_type, block.cmsg_len = SOL_SOCKET, SCM_RIGHTS, CMSG_LEN(sizeof(int))
-        memcpy(CMSG_DATA(block), &descriptor, sizeof(int))
+        copy(CMSG_DATA(block), &descriptor, sizeof(int))
     return syscall(SYS_sendmsg, fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0
 
 

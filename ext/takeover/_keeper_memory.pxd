@@ -4,8 +4,8 @@
 A page that a fork shares with its parent becomes private when the parent dies, so it does not help not to write to it:
 it has to be unmapped. What stays is what is named to free_memory(), the files that hold this code and libc's, and what
 the kernel maps itself ([vdso] and its kind). The thread's own data has to stay: errno is there, and an area that the
-kernel writes to (rseq, and a process without it is killed). System calls go through syscall(2), whose wrapper needs
-nothing but its own code and errno: the variables of libc are gone.
+kernel writes to (rseq, and a process without it is killed). Of libc nothing may be called but syscall(2), whose wrapper
+needs only its own code and errno: the variables of libc and of the dynamic linker are gone.
 """
 
 from libc.stdint cimport uint64_t, uintptr_t

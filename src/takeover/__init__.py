@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from .hosted import Server
     from .protocol import Limits
     from .records import NOT_NOW, Moved
+    from .report import Report
     from .server import serve
-    from .service import Report, Service, join
+    from .service import Service, join
 
 __all__ = [
     "ECHO",
@@ -51,7 +52,7 @@ _HOMES = {
     "Loop": "_backend",
     "Moved": "records",
     "NOT_NOW": "records",
-    "Report": "service",
+    "Report": "report",
     "Server": "hosted",
     "Service": "service",
     "backend": "_backend",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .exchange import logger
 
 if TYPE_CHECKING:
-    from .service import Report
+    from .report import Report
 
 
 def tell_start(report: Report, urls: Sequence[str], kind: str, *, dry_run: bool) -> None:
@@ -20,6 +20,8 @@ def tell_start(report: Report, urls: Sequence[str], kind: str, *, dry_run: bool)
         return
     if report.generation == 1:
         logger.info("serving %s (generation 1, %s)", where, kind)
+        if report.from_keeper:
+            tell_kept(report)
         return
     logger.info(
         "took over %d listener%s from pid %d (generation %d, %s) in %.0f ms",
@@ -34,3 +36,12 @@ def tell_start(report: Report, urls: Sequence[str], kind: str, *, dry_run: bool)
         logger.warning("bound anew, not adopted: %s", ", ".join(report.bound))
     if report.unused:
         logger.warning("not used by this version, drained by pid %d: %s", report.incumbent, ", ".join(report.unused))
+
+
+def tell_kept(report: Report) -> None:
+    """What became of the listeners that a keeper held when their owner was gone."""
+    logger.info("adopted from the keeper: %s", ", ".join(report.adopted) or "none")
+    if report.bound:
+        logger.warning("bound anew, the keeper did not have them: %s", ", ".join(report.bound))
+    if report.unused:
+        logger.warning("held by the keeper, not used by this version, closed: %s", ", ".join(report.unused))

@@ -232,6 +232,15 @@ def command_in_words(command: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def keeper_in_words(keeper: dict[str, Any]) -> str:
+    """One line on the process that holds copies of the listeners."""
+    if keeper.get("failure") or not keeper["listeners"]:
+        return f"none yet: {keeper.get('failure') or 'it is being started'}"
+    memory = keeper.get("private_kib")
+    costs = f", {memory:,} KiB of its own" if memory is not None else ""
+    return f"pid {keeper['pid']} holds {keeper['listeners']} listeners{costs}"
+
+
 def render(report: dict[str, Any]) -> Table:
     """The status as a table for a person."""
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -250,6 +259,9 @@ def render(report: dict[str, Any]) -> Table:
         table.add_row(name, text)
     for name, text in command_in_words(report.get("command") or {}):
         table.add_row(name, text)
+    keeper = report.get("keeper")
+    if keeper:
+        table.add_row("keeper", keeper_in_words(keeper))
     last = report.get("last_takeover")
     if last:
         phases = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in last["phases"].items())

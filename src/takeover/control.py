@@ -67,10 +67,15 @@ def remove_own(path: str, own: Identity | None) -> None:
 
 
 class ControlPath:
-    """The path of a control socket, checked once; raises UsageError or ControlPathError where it is not fit for use."""
+    """The path of a control socket, checked once; raises UsageError or ControlPathError where it is not fit for use.
 
-    def __init__(self, path: str, allow_uids: Collection[int] = ()) -> None:
+    `kind` is the type of its sockets, SOCK_STREAM or SOCK_SEQPACKET.
+    """
+
+    def __init__(self, path: str, allow_uids: Collection[int] = (), kind: int = socket.SOCK_STREAM) -> None:
         self.allowed = frozenset({os.geteuid(), 0, *allow_uids})
+        self.kind = kind
+        self._allow_uids = allow_uids
         self._mode = 0o666 if allow_uids else 0o600
         if not path or "\0" in path:
             raise UsageError(f"control path {path!r}: give the path of a file; abstract sockets have no permissions")
@@ -86,6 +91,10 @@ class ControlPath:
         self.path = absolute if len(os.fsencode(absolute)) <= LONGEST_PATH else path
         self.lock_path = self.path + ".lock"
         self._check_folder(os.path.dirname(absolute))
+
+    def beside(self, suffix: str, kind: int) -> ControlPath:
+        """The path of another socket of the same service, under the same rules; raises UsageError for a long one."""
+        return ControlPath(self.path + suffix, self._allow_uids, kind)
 
     def _check_folder(self, folder: str) -> None:
         try:
@@ -167,7 +176,7 @@ class ControlPath:
             raise ControlPathError(
                 f"control path {self.path}: there is {kind} in the way; remove it, or choose another path"
             )
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_UNIX, self.kind)
         try:
             sock.setblocking(False)
             sock.connect(self.path)
@@ -187,12 +196,12 @@ class ControlPath:
             )
             raise ControlPathError(f"connect {self.path}: {hint}") from None
 
-    def bind(self) -> tuple[socket.socket, Identity]:
+    def bind(self, *, listen: bool = True) -> tuple[socket.socket, Identity]:
         """Binds the path and listens there; only for the holder of the lock, when connect() returned None.
 
         The file has its final permissions from its first instant: on Linux it takes them from the socket's own inode.
         """
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_UNIX, self.kind)
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
@@ -201,7 +210,8 @@ class ControlPath:
             if self._mode != 0o600:
                 os.chmod(self.path, self._mode)
             sock.setblocking(False)
-            sock.listen(4096)
+            if listen:
+                sock.listen(4096)
             status = os.lstat(self.path)
             return sock, (status.st_dev, status.st_ino)
         except OSError as error:

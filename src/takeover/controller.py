@@ -19,6 +19,7 @@ from .control_thread import ControlThread
 from .exchange import Exchange, logger
 from .hosted import Server, Settings
 from .incumbent import UNDECIDED, Incumbent
+from .keeping import Keeping
 from .link import Link, close_all
 from .listeners import Held, url_of
 from .moments import Moments
@@ -51,6 +52,7 @@ class Controller(ControlThread):
         self.given: list[Given] = []
         self.blobs = Blobs()
         self.moments = Moments(self)
+        self.keeping = Keeping(self, wanted=settings.keeper)
         self.over = threading.Event()
         self.last_takeover: dict[str, Any] | None = None
         self._began = time.monotonic()
@@ -81,9 +83,19 @@ class Controller(ControlThread):
         """The takeover is final, on this side; what this version has no use for is drained by the incumbent."""
         self.state = "serving"
         self.moments.succeeded({})
+        self.drop_unclaimed()
+        self.keeping.own_soon()
+        self._note(successor, "committed")
+
+    def drop_unclaimed(self) -> None:
+        """Closes the inherited listeners that nobody has asked for."""
         close_all([kept.descriptor for kept in self.unclaimed])
         self.unclaimed.clear()
-        self._note(successor, "committed")
+
+    def listener_closed(self) -> None:
+        """The server has closed one of the listeners: nobody else is to hold it."""
+        self.moments.manager.forget_closed()
+        self.keeping.listener_closed()
 
     def lose_service(self, successor: Successor) -> None:
         """The incumbent took the service back: what is not ours any more is forgotten, and stays in the file system."""
@@ -123,19 +135,18 @@ class Controller(ControlThread):
     def estate(self) -> list[tuple[dict[str, Any], int]]:
         """What is handed over besides the token: items as LISTENERS describes them, with their descriptors."""
         assert self._listening is not None
-
-        def item(role: str, name: str, url: str, identity: Identity | None) -> dict[str, Any]:
-            device, inode = identity or (0, 0)
-            return {"role": role, "name": name, "url": url, "device": device, "inode": inode}
-
         return [
-            (item("lock", "", "", self._identity), self._lock),
-            (item("control", "", "", self._identity), self._listening.fileno()),
-            *(
-                (item("listener", held.name, held.url, held.identity), held.sock.fileno())
-                for held in self.listeners
-                if held.is_open
-            ),
+            (_item("lock", "", "", self._identity), self._lock),
+            (_item("control", "", "", self._identity), self._listening.fileno()),
+            *self.listener_items(),
+        ]
+
+    def listener_items(self) -> list[tuple[dict[str, Any], int]]:
+        """The part of the estate that a keeper holds too."""
+        return [
+            (_item("listener", held.name, held.url, held.identity), held.sock.fileno())
+            for held in self.listeners
+            if held.is_open
         ]
 
     def busy_with(self, asking: Exchange) -> str | None:
@@ -184,6 +195,7 @@ class Controller(ControlThread):
         """The service is the successor's for good: what is left here drains, listeners without use too."""
         self.state = "draining"
         self.moments.released(incumbent.link.peer.pid)
+        self.keeping.release()
         for held in self.listeners:
             if held.name in incumbent.ready.get("unused", ()) or not held.is_open:
                 held.remove_path()
@@ -235,6 +247,7 @@ class Controller(ControlThread):
         self.blobs.no_more()
         self.moments.stopping("stopping")
         if self._lock >= 0:
+            self.keeping.end()
             if self._listening is not None:
                 remove_own(self.control.path, self._identity)
             for held in self.listeners:
@@ -257,12 +270,11 @@ class Controller(ControlThread):
         super().close_after_fork()
         if self._listening is not None:
             self._listening.close()
-        close_all(
-            [self._lock, *(kept.descriptor for kept in self.unclaimed), *(each.descriptor for each in self.given)]
-        )
-        self.unclaimed.clear()
+        close_all([self._lock, *(each.descriptor for each in self.given)])
+        self.drop_unclaimed()
         self.given.clear()
         self.blobs.close()
+        self.keeping.close_after_fork()
         self._listening, self._lock = None, -1
 
     def status(self) -> dict[str, Any]:
@@ -285,6 +297,7 @@ class Controller(ControlThread):
             "connections": {"open": self.server.connections(), "draining": draining},
             "moved": self.server.moves(),
             "last_takeover": self.last_takeover,
+            "keeper": self.keeping.status(),
             **self.server.details(),
             **self.moments.status(),
         }
@@ -335,6 +348,11 @@ class Controller(ControlThread):
             "phases": {name: round(milliseconds, 3) for name, milliseconds in exchange.phases.items()},
             "at": time.time(),
         }
+
+
+def _item(role: str, name: str, url: str, identity: Identity | None) -> dict[str, Any]:
+    device, inode = identity or (0, 0)
+    return {"role": role, "name": name, "url": url, "device": device, "inode": inode}
 
 
 _controllers: weakref.WeakSet[Controller] = weakref.WeakSet()

@@ -79,6 +79,14 @@ def expect(
     return found
 
 
+def expect_listener(descriptor: int, url: str) -> None:
+    """Checks a received listener, which stays the caller's, and makes it non-blocking. Raises RemoteProtocolError."""
+    datagram = url.startswith("udp:")
+    kind = socket.SOCK_DGRAM if datagram else socket.SOCK_STREAM
+    expect(descriptor, kind="socket", type=kind, listening=not datagram)
+    os.set_blocking(descriptor, False)
+
+
 def _name(value: object) -> object:
     return getattr(value, "name", value)
 

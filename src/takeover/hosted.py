@@ -71,3 +71,4 @@ class Settings(NamedTuple):
     drain_timeout: float
     max_generations: int
     limits: Limits
+    keeper: bool = False

@@ -19,7 +19,7 @@ def _connect(control: ControlPath, deadline: float) -> Link:
     """A link to the owner. First a look at the lock, for merely to connect would end the original script's service."""
     while True:
         if not control.is_locked():
-            raise NotRunning(f"nothing is running at {control.path}")
+            raise NotRunning(f"nothing is running at {control.path}{_kept(control)}")
         sock = control.connect()
         if sock is not None:
             link = Link(sock)
@@ -32,6 +32,16 @@ def _connect(control: ControlPath, deadline: float) -> Link:
         if time.monotonic() > deadline:
             raise TimedOut(f"somebody holds {control.lock_path}, but nobody listens at {control.path}")
         time.sleep(0.02)
+
+
+def _kept(control: ControlPath) -> str:
+    from .keeping import orphan
+
+    found = orphan(control)
+    if found is None:
+        return ""
+    pid, held = found
+    return f"; its keeper (pid {pid}) holds {held} listeners, and clients wait: start it again, or stop that too"
 
 
 def _next(link: Link, deadline: float) -> Frame | None:
@@ -82,12 +92,20 @@ def status(path: str, *, time_limit: float = TIME_LIMIT) -> dict[str, Any]:
 def stop(path: str, *, time_limit: float | None = None) -> int:
     """Asks the owner to stop, waits until it has ended, and returns its pid. By default its drain time and 5 s more.
 
-    One that is just being taken over refuses; it is asked again for a while. Raises NotRunning, TimedOut or other
-    TakeoverErrors.
+    One that is just being taken over refuses; it is asked again for a while. Where only a keeper is left, ends that.
+    Raises NotRunning, TimedOut or other TakeoverErrors.
     """
     patience = time.monotonic() + TIME_LIMIT
     while True:
-        link, answer = _ask(path, Type.STOP, TIME_LIMIT)
+        try:
+            link, answer = _ask(path, Type.STOP, TIME_LIMIT)
+        except NotRunning:
+            from .keeping import end_orphan
+
+            pid = end_orphan(ControlPath(path))
+            if pid is None:
+                raise
+            return pid
         if answer.type is not Type.REFUSE or time.monotonic() > patience:
             break
         link.close()

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Collection
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from . import activation, blobs, listeners, original
 from .control import ControlPath
@@ -27,7 +27,8 @@ from .holdings import Holdings
 from .hosted import Server, Settings
 from .link import Link
 from .protocol import Limits, Local
-from .successor import Successor
+from .report import Report
+from .successor import Inherited, Successor
 from .systemd import ServiceManager
 from .wire import LONGEST_TEXT, as_text
 
@@ -39,20 +40,6 @@ LONGEST_NAME = LONGEST_TEXT - 24
 
 ATTEMPTS = 5
 """How often a successor begins anew because the incumbent died before it had handed everything over."""
-
-
-class Report(NamedTuple):
-    """What became of the listeners: `adopted` from the incumbent, `bound` anew, `unused` by this version; by name.
-
-    `incumbent` is the pid that was taken over from (0 at a cold start), `milliseconds` run from READY to the commit.
-    """
-
-    generation: int
-    incumbent: int
-    adopted: tuple[str, ...]
-    bound: tuple[str, ...]
-    unused: tuple[str, ...]
-    milliseconds: float
 
 
 class Service:
@@ -67,6 +54,7 @@ class Service:
         self._settings = settings
         self._successor: Successor | None = None
         self._from_original = False
+        self._from_keeper = False
         self._is_ready = False
         self._lock = -1
         given = activation.take()
@@ -76,8 +64,8 @@ class Service:
         self._controller.given = given
         if not settings.dry_run:
             self._controller.moments.manager = ServiceManager.from_environment()
-        manager = self._controller.moments.manager
-        self._holdings = Holdings(manager.forget_closed if manager else None)
+        watched = settings.keeper or self._controller.moments.manager
+        self._holdings = Holdings(self._controller.listener_closed if watched else None)
         self._controller.start()
         try:
             self._join()
@@ -154,7 +142,8 @@ class Service:
         successor = self._successor
         if self._settings.strict and self._controller.given:
             raise LocalError(f"strict: {activation.in_words(self._controller.given)}, which is not asked for")
-        if self._settings.strict and (unused or (bound and (successor is not None or self._from_original))):
+        inherits = successor is not None or self._from_original or self._from_keeper
+        if self._settings.strict and (unused or (bound and inherits)):
             raise LocalError(
                 f"strict: {len(unused)} listeners of the incumbent are not used ({', '.join(unused) or 'none'}), "
                 f"{len(bound)} would be bound anew ({', '.join(bound) or 'none'})"
@@ -171,9 +160,10 @@ class Service:
             incumbent = successor.elder.pid
         else:
             self._controller.ask(self._serve_cold)
+            self._controller.keeping.own()
         self._is_ready = True
         milliseconds = (time.monotonic() - began) * 1000
-        return Report(self.generation, incumbent, adopted, bound, unused, milliseconds)
+        return Report(self.generation, incumbent, adopted, bound, unused, milliseconds, self._from_keeper)
 
     def _commit(self, successor: Successor, *names: tuple[str, ...]) -> None:
         def warm() -> None:
@@ -193,6 +183,7 @@ class Service:
             self._successor.step(Local.ACCEPTING)
 
     def _serve_cold(self) -> None:
+        self._controller.drop_unclaimed()
         self._controller.listeners = list(self._holdings)
         if self._from_original:
             self._controller.generation = 2
@@ -268,6 +259,7 @@ class Service:
         self.leave()
         self._controller.moments.manager.last_words()
         self._controller.close()
+        self._controller.drop_unclaimed()
         if self._lock >= 0:
             self._control.unlock(self._lock)
             self._lock = -1
@@ -293,6 +285,7 @@ class Service:
 
     def _join(self) -> None:
         if self._settings.dry_run and not self._control.is_locked():
+            self._ask_keeper()
             return
         began, attempts = time.monotonic(), 0
         while True:
@@ -322,8 +315,17 @@ class Service:
             self._controller.over.wait(0.02)
 
     def _start_cold(self) -> None:
+        if not self._from_original:
+            self._ask_keeper()
         lock, self._lock = self._lock, -1
         self._controller.ask(lambda: self._controller.own_cold(lock))
+
+    def _ask_keeper(self) -> None:
+        pid, found = self._controller.keeping.adopt()
+        if found:
+            self._from_keeper = True
+            self._inherit(found)
+            logger.info("the keeper (pid %d) holds %d listeners of a process that is gone", pid, len(found))
 
     def _meet(self, link: Link) -> None:
         """Asks whoever listens at the path. Nobody but the original script does so without holding the lock."""
@@ -340,9 +342,12 @@ class Service:
         if self._lock >= 0:
             lock, self._lock = self._lock, -1
             self._controller.ask(lambda: self._controller.keep_lock(lock))
-        unclaimed = self._controller.unclaimed = self._controller.ask(successor.take_listeners)
+        self._inherit(self._controller.ask(successor.take_listeners))
+
+    def _inherit(self, found: list[Inherited]) -> None:
+        self._controller.unclaimed = found
         self._controller.given = activation.without_duplicates(
-            self._controller.given, [kept.descriptor for kept in unclaimed]
+            self._controller.given, [kept.descriptor for kept in found]
         )
 
 
@@ -364,17 +369,19 @@ def join(
     max_generations: int = 8,
     allow_uids: Collection[int] = (),
     limits: Limits | None = None,
+    keeper: bool = False,
 ) -> Service:
     """Asks the owner of the control socket for the service, or starts it cold where there is none.
 
     control: path of the control socket. server: what to call at the commit and after; without one, wait() tells.
     service: a name that both sides must agree on. strict: ready() raises unless every listener is adopted. dry_run: go
     through everything but the commit, and leave no trace. probation, drain_timeout: seconds. max_generations: how many
-    older processes may drain at a time. allow_uids: users other than this one and root who may take over.
+    older processes may drain at a time. allow_uids: users other than this one and root who may take over. keeper: have
+    a second process hold copies of the listeners, which outlives this one if it is killed (docs/keeper.md).
 
     Returns when the listeners have come. Raises UsageError, ControlPathError, Refused, TimedOut, PeerLost or
     RemoteProtocolError; the incumbent, if there is one, serves on then.
     """
     _check_text("service", service)
-    settings = Settings(service, strict, dry_run, probation, drain_timeout, max_generations, limits or Limits())
+    settings = Settings(service, strict, dry_run, probation, drain_timeout, max_generations, limits or Limits(), keeper)
     return Service(ControlPath(control, allow_uids), server or Server(), settings)

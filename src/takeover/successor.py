@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ._version import VERSION
 from .blobs import MOST_BLOBS, check
 from .channel import Channel, open_channel, room_for_connections
-from .descriptors import expect, limit_and_held
+from .descriptors import expect, expect_listener, limit_and_held
 from .errors import Aborted, LocalError, PeerLost, Refused, RemoteProtocolError, TakeoverError, TimedOut
 from .exchange import Exchange, logger, read_token
 from .link import Link, close_all
@@ -223,16 +223,10 @@ class Successor(Exchange):
             if sum(kept.role == "blob" for kept in self.inherited) >= MOST_BLOBS:
                 raise RemoteProtocolError(f"more than {MOST_BLOBS:,} blobs have come")
         elif role == "listener":
-            datagram = item["url"].startswith("udp:")
-            expect(
-                descriptor,
-                kind="socket",
-                type=socket.SOCK_DGRAM if datagram else socket.SOCK_STREAM,
-                listening=not datagram,
-            )
+            expect_listener(descriptor, item["url"])
         else:
             raise RemoteProtocolError(f"a descriptor has the unknown role {role!r}")
-        if role in ("control", "listener"):
+        if role == "control":
             os.set_blocking(descriptor, False)
         if role != "token":
             identity = (item["device"], item["inode"])

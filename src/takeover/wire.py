@@ -121,7 +121,9 @@ def _record(fields: Mapping[str, Check]) -> Check:
 
 
 _names = _list_of(_text, 20_000)
-_item = _record({"role": _text, "name": _text, "url": _text, "device": _integer, "inode": _integer})
+_LISTENER = {"name": _text, "url": _text, "device": _integer, "inode": _integer}
+is_listener = _record(_LISTENER)
+_item = _record({"role": _text, **_LISTENER})
 _elder = _record({"pid": _integer, "generation": _integer, "connections": _integer})
 
 

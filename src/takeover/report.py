@@ -1,0 +1,21 @@
+"""What ready() returns: where the listeners have come from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Report(NamedTuple):
+    """What became of the listeners: `adopted` from the incumbent, `bound` anew, `unused` by this version; by name.
+
+    `incumbent` is the pid that was taken over from (0 at a cold start), `milliseconds` run from READY to the commit.
+    `from_keeper`: a cold start found a keeper, and adopted from that; what is unused there is closed.
+    """
+
+    generation: int
+    incumbent: int
+    adopted: tuple[str, ...]
+    bound: tuple[str, ...]
+    unused: tuple[str, ...]
+    milliseconds: float
+    from_keeper: bool = False
