@@ -28,7 +28,8 @@ class Counting:
             try:
                 roots = list(self._pids())
                 listeners = [sock for sock in self._listeners() if sock.fileno() >= 0]
-                self._count = len(conversations.of([*roots, *descendants(roots, parents())], listeners))
+                holders = conversations.holders([*roots, *descendants(roots, parents())])
+                self._count = len(conversations.of(holders, listeners))
             except (OSError, proc.Hidden):
                 self._count = 0
             self._when = time.monotonic()
