@@ -187,6 +187,23 @@ def refuses(site: Site) -> bool:
     return False
 
 
+def test_what_is_started_beside_the_shell_loop_serves_until_the_loop_takes_it_back(site: Site) -> None:
+    path = site.folder / "loop.sh"
+    path.write_text(site.here((SUPERVISORS / "loop.sh").read_text()))
+    loop = site.room.run("sh", str(path))
+    eventually(site.room.owner, "it serves")
+    site.release(2)
+    where = ("--control", site.room.control, "--listen", site.room.url)
+    words = ("--", "venv/bin/uvicorn", "app:app", "--fd", "{fd}")
+    beside = site.room.run("venv/bin/takeover", "run", "--detach", "--probation", "0.2", *where, *words, cwd=site.place)
+    assert beside.wait() == 0, beside.text
+    eventually(lambda: site.room.status()["generation"] == 3 and site.room.owner(), "the loop has it back")
+    wait_for_version(site.room, 2)
+    loop.signal(signal.SIGTERM)
+    assert loop.wait() == 0
+    assert refuses(site)
+
+
 @pytest.mark.parametrize("file", ["s6/run", "runit/run"])
 def test_a_run_file_becomes_the_server_and_a_hangup_deploys(site: Site, file: str) -> None:
     path = site.folder / "run"
