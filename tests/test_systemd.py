@@ -195,10 +195,11 @@ def test_a_listener_that_a_new_version_has_no_use_for_leaves_the_store(room: Roo
     manager.wait_until(lambda: [name for name, _ in manager.store] == [store_name(room)], "one is left")
 
 
-def test_a_listener_that_is_closed_leaves_the_store(room: Room, manager: ServiceManager) -> None:
+@pytest.mark.parametrize("reloads", [0, 1])
+def test_a_listener_that_is_closed_leaves_the_store(room: Room, manager: ServiceManager, reloads: int) -> None:
     source = (
         "import sys, takeover\n"
-        f"with takeover.join({room.control!r}) as service:\n"
+        f"with takeover.join({room.control!r}, probation=0.0) as service:\n"
         f"    service.listen({room.url!r})\n"
         f"    other = service.listen('unix:other')\n"
         "    service.ready()\n"
@@ -207,6 +208,14 @@ def test_a_listener_that_is_closed_leaves_the_store(room: Room, manager: Service
         "    sys.stdin.readline()\n"
     )
     program = manager.start(sys.executable, "-c", source, stdin=-1)
+    manager.wait_for_main(program)
+    for _ in range(reloads):
+        old, program = program, manager.reload(sys.executable, "-c", source, stdin=-1)
+        manager.wait_for_main(program)
+        manager.wait_until(lambda: manager.said[-1]["FDSTORE"], "the new one has stored all")
+        old.tell()
+        old.tell()
+        assert old.wait() == 0
     manager.wait_until(lambda: len(manager.store) == 2, "both are kept")
     program.tell()
     manager.wait_until(lambda: [name for name, _ in manager.store] == [store_name(room)], "one is left")

@@ -64,7 +64,7 @@ class Service:
         self._controller.given = given
         if not settings.dry_run:
             self._controller.moments.manager = ServiceManager.from_environment()
-        watched = settings.keeper or self._controller.moments.manager
+        watched = settings.keeper or self._controller.moments.manager.may_come
         self._holdings = Holdings(self._controller.listener_closed if watched else None)
         self._controller.start()
         try:

@@ -49,17 +49,22 @@ class ServiceManager:
     def from_environment(cls) -> ServiceManager:
         """Reads NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID, FDSTORE and MAINPID, as systemd.exec(5) has them."""
         address = os.environ.get("NOTIFY_SOCKET", "")
+        started_as_main = "MAINPID" not in os.environ  # that is for what ExecReload= and the like start
         if not address:
-            return cls()
+            self = cls()
+            self._started_as_main = started_as_main
+            return self
         # systemd has FDSTORE since 254, and MEMORY_PRESSURE_WATCH too: where only the latter is set, nothing can be
         # stored. Where neither is, it is to be tried.
         limit = os.environ.get("FDSTORE", "0" if "MEMORY_PRESSURE_WATCH" in os.environ else "unknown")
         self = cls(Notifier(address), _watchdog(), stores=limit != "0")
-        self._started_as_main = "MAINPID" not in os.environ  # that is for what ExecReload= and the like start
+        self._started_as_main = started_as_main
         return self
 
-    def __bool__(self) -> bool:
-        return self._notifier is not None
+    @property
+    def may_come(self) -> bool:
+        """Whether there is a manager, or the process that is taken over from may tell of one."""
+        return self._notifier is not None or not self._started_as_main
 
     @property
     def keeps(self) -> int:
