@@ -79,16 +79,18 @@ def main() -> None:
 @cli_options.dry_run
 @cli_options.strict
 @cli_options.max_generations
+@cli_options.keep
 @click.option("--verbose", "-v", is_flag=True, help="Log each connection too.")
 @reports_errors
-def echo(listen: tuple[str, ...], no_live: bool, verbose: bool, **options: Any) -> None:
+def echo(listen: tuple[str, ...], no_live: bool, keep: bool, verbose: bool, **options: Any) -> None:
     """Run the echo server, or take over from the one that runs.
 
     Alone it is the original: port 9999 on loopback, control socket ./takeover.sock. Start it again in the same folder,
     and the second takes over from the first.
     """
     log_to_standard_error(logging.DEBUG if verbose else logging.INFO)
-    run_echo(listen=listen, live=not no_live, observer=MoveBar() if is_terminal(sys.stderr) else None, **options)
+    observer = MoveBar() if is_terminal(sys.stderr) else None
+    run_echo(listen=listen, live=not no_live, keeper=keep, observer=observer, **options)
     end_at_once()
 
 

@@ -39,3 +39,10 @@ max_generations = click.option(
     metavar="N",
     help="How many older generations may drain at a time; the next takeover is refused.",
 )
+keep = click.option(
+    "--keep",
+    is_flag=True,
+    envvar="TAKEOVER_KEEP",
+    show_envvar=True,
+    help="Have a second process hold copies of the listeners: if all else is killed, clients wait for the next start.",
+)

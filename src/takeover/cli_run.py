@@ -102,6 +102,7 @@ from .run.options import Options, parse_listen, parse_signal
 @cli_options.dry_run
 @cli_options.strict
 @cli_options.max_generations
+@cli_options.keep
 @click.option("--detach", is_flag=True, help="Return when the command serves, and go on in the background.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
 @reports_errors

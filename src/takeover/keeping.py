@@ -37,6 +37,7 @@ class Keeping:
         self.wanted = wanted
         self.path: ControlPath | None = None
         self.failure = ""
+        self.pid = 0
         self._keeper: Keeper | None = None
         self._held = 0
         self._owns = False
@@ -184,6 +185,7 @@ class Keeping:
                 found = None
         started = found is None
         current = found if found is not None else keeper.start(path)
+        self.pid = current.pid
         try:
             items = self.owner.listener_items()
             current.register(items)

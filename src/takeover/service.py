@@ -84,6 +84,14 @@ class Service:
         return self._controller.state
 
     @property
+    def keeper(self) -> int:
+        """The pid of the keeper that this process has registered with last; 0 for none (docs/keeper.md).
+
+        It may be a child of this process, where that is PID 1 or a subreaper, and is to outlive it.
+        """
+        return self._controller.keeping.pid
+
+    @property
     def accepts(self) -> bool:
         """Whether this process is to accept: from ready() on, until a successor takes over or the service ends.
 

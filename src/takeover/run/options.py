@@ -39,6 +39,7 @@ class Options(NamedTuple):
     dry_run: bool = False
     strict: bool = False
     detach: bool = False
+    keep: bool = False
 
     def to_json(self) -> str:
         """One line for from_json()."""

@@ -114,6 +114,7 @@ class Supervisor(Server):
                 probation=options.probation,
                 drain_timeout=options.stop_timeout,
                 max_generations=options.max_generations,
+                keeper=options.keep,
             ) as service:
                 self._plan = Plan(options, self._listen(service), self._way, self._ignored)
                 self.service = service
@@ -123,6 +124,8 @@ class Supervisor(Server):
                 self.events.run()
         finally:
             self._joining = False
+            if self.service is not None:
+                self.spared.add(self.service.keeper)
             orphans.end_all(self.spared)
             output.finish(LAST_OUTPUT)
             for signum in (*STOPPING, *PASSED_ON, signal.SIGHUP):
