@@ -55,9 +55,10 @@ class Tally(asyncio.Protocol):
 class Stranger:
     """An end of a channel that says whatever it is told to."""
 
-    def __init__(self, sock: int, token: int) -> None:
+    def __init__(self, sock: int, token: int, ledger: int) -> None:
         self.link = Link(socket.socket(fileno=sock), Peer(os.getpid(), os.geteuid(), None))
         self.token = token
+        self.ledger = ledger
         os.set_blocking(token, False)
 
     def say(self, kind: Type, body: Body | bytes | None = None, descriptors: Sequence[int] = ()) -> None:
@@ -84,6 +85,7 @@ class Stranger:
         if self.token >= 0:
             self.link.close()
             os.close(self.token)
+            os.close(self.ledger)
             self.token = -1
 
 
@@ -121,14 +123,14 @@ class Scene:
             self.until(lambda wanted=wanted: self.loops[0].connections == wanted)  # type: ignore[misc]
         return self.clients[-count:]
 
-    def giver(self, sock: int, token: int, limits: Limits, room: int = 1000) -> Giver:
-        channel = Channel(sock, token, os.getpid(), 2, room)
+    def giver(self, sock: int, token: int, ledger: int, limits: Limits, room: int = 1000) -> Giver:
+        channel = Channel(sock, token, ledger, os.getpid(), 2, room)
         end = Giver(self.loops[0], self.loops[0], channel, limits, self.account[0], lambda: self.ended.append("giver"))
         self.ends.append(end)
         return end
 
-    def taker(self, sock: int, token: int, limits: Limits, expected: int = 0) -> Taker:
-        channel = Channel(sock, token, os.getpid(), 1, 1000, expected)
+    def taker(self, sock: int, token: int, ledger: int, limits: Limits, expected: int = 0) -> Taker:
+        channel = Channel(sock, token, ledger, os.getpid(), 1, 1000, expected)
         end = Taker(self.loops[1], self.loops[1], channel, limits, self.account[1], lambda: self.ended.append("taker"))
         self.ends.append(end)
         return end

@@ -118,6 +118,7 @@ cdef struct Acceptor:
 
 cdef struct Core:
     int epoll
+    int ledger            # where what is written to held connections is noted, -1 for nowhere; borrowed
     bint attention        # something happened that needs the GIL
     Connection **slabs
     size_t slab_count

@@ -19,6 +19,7 @@ from takeover._connections cimport (
     Connection, arm, place, reap,
 )
 from takeover._fdpass cimport MOST, descriptor_array
+from takeover._ledger cimport note
 from takeover._native cimport forget_native
 from takeover._reasons cimport BROKEN, BUSY, CLOSED, FINE, NO_MEMORY, REASONS, UNMOVABLE, Reason
 from takeover._records cimport (
@@ -309,6 +310,8 @@ cdef int put_back_batch(Core *core, array.array descriptors, bint stay) except -
     cdef Connection *connection
     for index in range(<int>len(descriptors)):
         connection = place(core, fds[index])
+        if connection.kind == PROTOCOL and connection.unsent > (<Transport>connection.state).exported:
+            note(core, connection, NULL, 0)  # it is sent from here
         if stay:
             connection.flags |= STAYS
         resume_connection(core, connection)

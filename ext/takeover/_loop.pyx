@@ -58,7 +58,7 @@ cdef class Loop(Mover):
         self.core = <Core *>calloc(1, sizeof(Core))
         if self.core == NULL:
             raise MemoryError
-        self.core.epoll = -1
+        self.core.epoll = self.core.ledger = -1
         self.core.buffer = <char *>malloc(RECEIVE)
         self.core.events = <epoll_event *>calloc(EVENTS, sizeof(epoll_event))
         if self.core.buffer == NULL or self.core.events == NULL:

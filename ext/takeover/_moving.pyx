@@ -8,6 +8,10 @@ from takeover._taking cimport adopt_batch, close_batch, drop_batch, start_batch
 cdef class Mover:
     """A loop as connections move out of it and into it; `_loop` makes the rest."""
 
+    def note_late_writes(self, ledger):
+        """Note in this file what is written to held connections from now on; -1 for nowhere."""
+        self.core.ledger = ledger
+
     def export_connections(self, start, most, size, reasons):
         """Hold connections that can move: `(records, descriptors, where to go on)`, the last -1 when all were seen."""
         self.check_open()

@@ -13,6 +13,7 @@ from takeover._connections cimport (
     NATIVE, NATIVE_LISTENER, PAUSED, RECEIVE, SHUT_WR, STAYS, arm, doom, epoll_wait, find, flush, open_connection, reap,
     recv, release, shutdown, write,
 )
+from takeover._ledger cimport note
 
 cdef extern from "<sys/socket.h>" nogil:
     enum: SOCK_CLOEXEC, SOCK_NONBLOCK
@@ -47,7 +48,9 @@ cdef void connection_write(Core *core, Connection *connection, const char *data,
     cdef int error
     if size == 0 or connection.flags & (EOF_QUEUED | CLOSING | LOST):
         return
-    stay_if_held(connection)
+    if connection.flags & HELD:
+        connection.flags |= STAYS
+        note(core, connection, data, size)
     error = write(core, connection, data, size)
     if error:
         doom(core, connection, error)

@@ -17,6 +17,7 @@ from takeover._connections cimport (
     PAUSED, RECEIVE, SHUT_WR, STAYS, arm, drop_backlog, flush, recv, release, shutdown,
     sockaddr_storage, write,
 )
+from takeover._ledger cimport note
 from takeover._native cimport forget_native, resume_native
 
 import os
@@ -272,6 +273,8 @@ cdef class Transport:
             raise RuntimeError("Cannot call write() after write_eof()")
         if size == 0 or self.closing():
             return 0
+        if self.connection.flags & HELD and not note(self.core, self.connection, data, size):
+            self.connection.flags |= STAYS
         error = write(self.core, self.connection, data, size)
         if error:
             return self.lose(OSError(error, os.strerror(error)))

@@ -289,9 +289,9 @@ class Loop(Mover):
         self.take_place(fd)
         self.transports[fd] = transport
 
-    def forget(self, transport: Transport) -> None:
+    def forget(self, fd: int) -> None:
         """A connection is over; its descriptor is about to be closed."""
-        del self.transports[transport.fileno()]
+        del self.transports[fd]
         self._look_whether_empty()
 
     def _look_whether_empty(self) -> None:

@@ -183,6 +183,10 @@ class Mover(Connections):
     schedule: Schedule
     transports: dict[int, Transport]
     homes: dict[int, Listener]
+    ledger = -1
+
+    def note_late_writes(self, ledger: int) -> None:
+        self.ledger = ledger
 
     def export_connections(
         self, start: int, most: int, size: int, reasons: dict[str, int]
@@ -234,7 +238,7 @@ class Mover(Connections):
         for fd in descriptors:
             transport = self.transports[fd]
             transport.stays = transport.stays or stay
-            transport.resume()
+            transport.take_back()
 
     def forgo_connections(self, descriptors: array[int]) -> None:
         for fd in descriptors:

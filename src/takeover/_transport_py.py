@@ -10,7 +10,9 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from ._sockets import TransportSocket
+from ._traveller_py import Traveller
 from .borrowed import let_go
+from .ledger import note
 
 if TYPE_CHECKING:
     import asyncio
@@ -24,34 +26,22 @@ RECEIVE = 256 << 10
 VECTOR = 64
 
 
-class Transport:
+class Transport(Traveller):
     """asyncio.Transport over one accepted socket, which it owns and closes after connection_lost.
 
     Made by the loop only. Everything in here is called on the loop's thread.
     """
 
     __slots__ = (
-        "_backlog",
-        "_closing",
         "_eof_received",
-        "_eof_written",
-        "_full",
-        "_held",
         "_high",
         "_local",
-        "_loop",
-        "_lost",
         "_low",
         "_paused",
         "_peer",
-        "_protocol",
-        "_sock",
-        "_unsent",
         "_watched",
-        "exported",
         "moved",
         "origin",
-        "stays",
     )
 
     def __init__(self, loop: Loop, sock: socket.socket, peer: Any, protocol: asyncio.Protocol, origin: int) -> None:
@@ -92,6 +82,8 @@ class Transport:
                 return
             if sent == len(data):
                 return
+        if self._held and self._loop.ledger >= 0 and not note(self._loop.ledger, self.fileno(), bytes(data)):
+            self._loop.ledger, self.stays = -1, True
         self._backlog.append(memoryview(bytes(memoryview(data)[sent:])))
         self._unsent += len(data) - sent
         self._arm()
@@ -206,57 +198,6 @@ class Transport:
     def begin(self) -> None:
         self._arm()
         self._tell("connection_made", self)
-
-    def hold(self) -> None:
-        """Neither read nor write: the connection is on its way between two processes, and may come back."""
-        self._held = True
-        self.exported = self._unsent
-        self._arm()
-
-    def let_go(self) -> None:
-        """Nobody is going to put back or start a connection on its way: it can be ended."""
-        self._held = False
-
-    def resume(self) -> None:
-        """Read and write again, after the connection was held."""
-        self._held = False
-        if not self._unsent:
-            if self._closing:
-                self._lose(None)
-                return
-            if self._eof_written:
-                self._shut_down()
-        self._arm()
-
-    def start(self) -> None:
-        """The first callbacks of a connection that has moved here; who was told to pause writing is told again."""
-        was_full, self._full = self._full, False
-        self.resume()
-        self._tell("connection_made", self)
-        if was_full and not (self._lost or self._full):
-            self._full = True
-            self._tell("pause_writing")
-        elif not self._lost:
-            self._fill()
-
-    def part(self) -> int:
-        """Out of the loop, without a word to the protocol: the connection lives on elsewhere. The caller's to close."""
-        self._learn_local_name()
-        self._loop.forget(self)
-        self._protocol = None
-        self._lost = True
-        self._backlog.clear()
-        self._unsent = 0
-        return let_go(self._sock)
-
-    def append(self, data: bytes) -> None:
-        """Queue bytes behind the backlog of a held connection."""
-        self._backlog += [memoryview(data)] if data else []
-        self._unsent += len(data)
-
-    def backlog(self, start: int = 0) -> bytes:
-        """What is unsent, from a byte on."""
-        return b"".join(self._backlog)[start:]
 
     @property
     def at_rest(self) -> bool:
@@ -388,5 +329,5 @@ class Transport:
             log.exception("connection_lost of %r raised", protocol)
         finally:
             self._learn_local_name()
-            self._loop.forget(self)
+            self._loop.forget(self._sock.fileno())
             os.close(let_go(self._sock))

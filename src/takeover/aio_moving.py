@@ -163,6 +163,9 @@ class Mover(Connections):
                 seat.stream.task.cancel()
         return len(self._seats)
 
+    def note_late_writes(self, ledger: int) -> None:
+        """A loop hands what is written to the kernel at once, and tells nobody."""
+
     def export_connections(
         self, start: int, most: int, size: int, reasons: dict[str, int]
     ) -> tuple[bytes, array[int], int]:

@@ -20,12 +20,13 @@ from .control import Peer
 from .descriptors import limit_and_held
 from .errors import LocalError
 from .exchange import Exchange, logger, read_token
+from .ledger import open_ledger
 from .link import Link, close_all
 from .protocol import CHANNEL_BYTE, Event, Limits, Local, State
 
 
 class Channel(NamedTuple):
-    """One end: the socket and the token are descriptors, owned by whoever holds this; who is at the other end.
+    """One end: the socket, the token and the ledger are descriptors, owned by whoever holds this; who is at the other.
 
     `room` is how many descriptors the taker can hold, `expected` how many connections the giver has. `again`, which any
     thread may call, asks for another one where this one has ended although both ends live.
@@ -33,6 +34,7 @@ class Channel(NamedTuple):
 
     sock: int
     token: int
+    ledger: int
     pid: int
     generation: int
     room: int = 0
@@ -40,23 +42,26 @@ class Channel(NamedTuple):
     again: Callable[[], object] | None = None
 
     def close(self) -> None:
-        close_all([self.sock, self.token])
+        close_all([self.sock, self.token, self.ledger])
 
 
-def open_channel() -> tuple[tuple[int, int], tuple[int, int]]:
-    """Socket and token of each of the two ends of a new channel; all four are the caller's. Raises OSError."""
+def open_channel() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Socket, token and ledger of each of the two ends of a new channel; all are the caller's. Raises OSError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    opened: list[int] = []
     with ours, theirs:
-        reading, writing = os.pipe()
         try:
+            opened += os.pipe()
+            token, writing = opened
             os.write(writing, CHANNEL_BYTE)
-            token = os.dup(reading)
+            for make in (open_ledger, lambda: os.dup(token), lambda: os.dup(opened[2])):
+                opened.append(make())
         except BaseException:
-            os.close(reading)
+            close_all(opened)
             raise
-        finally:
-            os.close(writing)
-        return (ours.detach(), token), (theirs.detach(), reading)
+        os.close(writing)
+        _, _, ledger, their_token, their_ledger = opened
+        return (ours.detach(), token, ledger), (theirs.detach(), their_token, their_ledger)
 
 
 def room_for_connections() -> int:
@@ -141,6 +146,7 @@ class End(Exchange):
         self.started = time.monotonic()
         self._ended = ended
         self._token = channel.token
+        self._ledger = channel.ledger
         self._timer: Any = None
         self._writing = False
         os.set_blocking(self._token, False)
@@ -153,7 +159,7 @@ class End(Exchange):
         return bool(self.batches)
 
     def owned(self) -> list[int]:
-        return [self._token]
+        return [self._token, self._ledger]
 
     @property
     def over(self) -> bool:
@@ -165,7 +171,7 @@ class End(Exchange):
         self.link.close()
         if self.finished:
             return
-        close_all([self._token])
+        self._close_owned()
         for batch in self.batches:
             self.connections.drop_connections(batch.descriptors, batch.skip)
         self.batches.clear()
@@ -190,12 +196,15 @@ class End(Exchange):
         """In a forked child: closes the descriptors, and does not touch the loop, whose epoll set is the parent's."""
         self.link.before_close = None
         self.link.close()
-        close_all([self._token])
+        self._close_owned()
+
+    def _close_owned(self) -> None:
+        close_all(self.owned())
+        self._token = self._ledger = -1
 
     def changed(self, before: State) -> None:
         if self.finished:
-            close_all([self._token])
-            self._token = -1
+            self._close_owned()
             if self._timer is not None:
                 self._timer.cancel()
             if self.error is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Connections:
-    """The giver calls the first five, the taker the first and the last three.
+    """The giver calls the first six, the taker the first and the last three.
 
     The compiled loop is one in its stub only, as an extension type cannot inherit from a class of Python's.
     """
@@ -24,6 +24,10 @@ class Connections:
     @property
     def connections(self) -> int:
         """How many connections are open."""
+        raise NotImplementedError
+
+    def note_late_writes(self, ledger: int) -> None:
+        """Note in this file (ledger.py) what is written to held connections from now on; -1 for nowhere."""
         raise NotImplementedError
 
     def export_connections(

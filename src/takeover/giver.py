@@ -120,6 +120,7 @@ class Giver(End):
             self.step(Local.BEATEN)
             return
         began = time.monotonic()
+        self.connections.note_late_writes(self._ledger)
         body, descriptors, self._cursor = self.connections.export_connections(
             self._cursor, most, BATCH_SIZE, self._reasons
         )
@@ -284,6 +285,8 @@ class Giver(End):
             self.loop.call_soon(self.guard, self._read_to_the_end)
 
     def changed(self, before: State) -> None:
+        if self.finished:
+            self.connections.note_late_writes(-1)
         super().changed(before)
         if self.state is State.OUTRUN:
             self.loop.call_soon(self.guard, self._read_to_the_end)

@@ -141,12 +141,13 @@ class Incumbent(Exchange):
         """The owner asks for the live connections: hands its channel to the server, who owns it from then on."""
         assert self.frame is not None
         wish, descriptors = self.frame.body, self.frame.descriptors
-        if len(descriptors) != 2:
-            raise RemoteProtocolError(f"a channel of {len(descriptors)} descriptors came, it has a socket and a token")
+        if len(descriptors) != 3:
+            raise RemoteProtocolError(f"a channel came as {len(descriptors)} descriptors: a socket, a token, a ledger")
         expect(descriptors[0], kind="socket", family=socket.AF_UNIX, type=socket.SOCK_STREAM, listening=False)
         expect(descriptors[1], kind="fifo")
-        sock, token = descriptors
-        channel = Channel(sock, token, wish["pid"], wish["generation"], room=wish["room"])
+        expect(descriptors[2], kind="file")
+        sock, token, ledger = descriptors
+        channel = Channel(sock, token, ledger, wish["pid"], wish["generation"], room=wish["room"])
         del descriptors[:]
         self.owner.server.give_connections(channel, self.limits)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from array import array
@@ -12,6 +13,7 @@ from .channel import Batch, End, check_indices, in_words
 from .collector import collector
 from .errors import RemoteProtocolError
 from .exchange import logger
+from .ledger import close_and_read
 from .link import close_all
 from .protocol import TAKER, Do, Event, Local, State
 from .wire import Frame, Type
@@ -38,6 +40,7 @@ class Taker(End):
         self._counted = self.started
         self._refused: list[list[Any]] = []
         self._answered = -1
+        self._late: dict[int, bytes] = {}
         self._release = records.Release(0, [], {})
         self.account.expected += self.channel.expected
 
@@ -73,7 +76,10 @@ class Taker(End):
         elif action is Do.START:
             self._start()
         elif action is Do.CLAIM:
-            return self.take_token()
+            event = self.take_token()
+            if event is Local.GOT_CHANNEL:
+                self._read_ledger()
+            return event
         elif action is Do.START_ALL:
             while self.batches:
                 self._serve_or_drop(self.batches.popleft())
@@ -147,9 +153,26 @@ class Taker(End):
     def _serve_or_drop(self, batch: Batch) -> None:
         """What was adopted and not answered, since a mistake came in between, is the giver's still."""
         if batch.number <= self._answered:
-            self._serve(batch, {})
+            self._serve(batch, self._late_writes(batch))
         else:
             self._drop(batch)
+
+    def _read_ledger(self) -> None:
+        """From here on no handler of the giver can add to what it has written."""
+        try:
+            self._late = close_and_read(self._ledger)
+        except (OSError, MemoryError) as error:
+            logger.error("what pid %d wrote to connections on their way cannot be read: %r", self.channel.pid, error)
+
+    def _late_writes(self, batch: Batch) -> dict[int, bytes]:
+        """By index, what the giver's handlers have written to connections of a batch that it has not released."""
+        if not self._late:
+            return {}
+        inodes = [
+            os.fstat(descriptor).st_ino if index not in batch.skip else 0
+            for index, descriptor in enumerate(batch.descriptors)
+        ]
+        return {index: self._late[inode] for index, inode in enumerate(inodes) if inode in self._late}
 
     def _drop(self, batch: Batch) -> None:
         self.connections.drop_connections(batch.descriptors, batch.skip)

@@ -96,7 +96,9 @@ class Movable(Base):
         return bytearray(state)
 
     def write_in_flight(self) -> None:
-        self.transport.write(b'{"in flight": %d}\n' % os.getpid())
+        _, _, number = self.kept["poison"].partition(" ")
+        padding = ', "padding": "%s"' % ("x" * int(number)) if number else ""
+        self.transport.write(b'{"in flight": %d%s}\n' % (os.getpid(), padding.encode()))
 
     def close_in_flight(self) -> None:
         self.transport.close()
