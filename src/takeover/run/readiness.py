@@ -152,7 +152,7 @@ class Check:
             told.insert(0, diagnosis.why_not(self._tree, self._acceptance, self._given))
         if self._notices is not None:
             self._notices.read()
-            if self._announced:
+            if self._announced and status is None:
                 told.append(f"READY=1 came from pid {self._announced}; --ready notify would go by that alone")
             elif self._notices.refused:
                 told.append(self._notices.refused)
