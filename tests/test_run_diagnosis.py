@@ -131,6 +131,7 @@ HIDDEN = "mount -t proc -o hidepid=2 proc /proc && exec setpriv --regid 65533 --
 
 
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv (util-linux)")
+@pytest.mark.parametrize("backend", ["python"], indirect=True)
 @pytest.mark.parametrize("hides", [False, True])
 def test_a_command_under_another_user_is_judged_by_what_can_be_known(room: Room, hides: bool) -> None:
     hidden = ["unshare", "-m", "sh", "-c", HIDDEN + shlex.join(SETPRIV[1:]) + ' "$@"', "sh"]

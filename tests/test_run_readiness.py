@@ -141,9 +141,9 @@ def test_a_command_that_accepts_without_being_seen_waiting_is_ready_too(stage: T
 def test_a_command_that_closes_connections_at_once_is_ready_when_it_is_seen_waiting(
     stage: Trials, tmp_path: pathlib.Path, how: str
 ) -> None:
-    for listening in (tcp(), unix(str(tmp_path / "s"))):
-        listeners = [stage.listen(listening)]
-        assert any(text in stage.newcomer(how, listeners, "close_at_once").run() for text in ("waits on", "accepted a"))
+    for listeners in ([stage.listen(tcp())], [stage.listen(unix(str(tmp_path / "s")))]):
+        proof = stage.newcomer(how, listeners, "close_at_once").run()
+        assert "probes were closed too soon to tell" in proof or "accepted a probe" in proof  # a matter of luck
         assert stage.newcomer(how, listeners, "hang").run(0.7) == ""
 
 
