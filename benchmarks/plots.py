@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from .deploys import RATE
 from .moves import CURVE, MOVERS, by_number
 from .restarts import NO_RESTART, RESTARTS
 from .results import Document
@@ -131,6 +132,32 @@ def _restarts(document: Document, figure: Any) -> bool:
     return True
 
 
+def _deploys(document: Document, figure: Any) -> bool:
+    rows = [row for row in document.rows if row.case == "deploys" and not row.cell.endswith(RATE)]
+    if not rows:
+        return False
+    panels = (
+        ("new connections failed", "connects_failed"),
+        ("requests failed", "requests_failed"),
+        ("keep-alives lost without notice", "keep_alives_lost"),
+        ("slowest request, ms", "slowest_ms"),
+    )
+    names = [row.subject for row in rows]
+    for index, (title, measure) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        values = [row.median(measure) or 0 for row in rows]
+        counts = measure != "slowest_ms"
+        colours = [BAD if counts and value else _colour(row.subject) for row, value in zip(rows, values, strict=True)]
+        _bars(axes, names, values, "{:,.0f}".format, colours)
+        axes.set_xlim(0, 1.35 * max(1, *values))
+        axes.set_title(title, fontsize=10)
+        if index:
+            axes.set_yticklabels([])
+    figure.suptitle(f"{rows[0].facts['deploys']} deploys under load: takeover run, and each server's own reload")
+    figure.set_size_inches(13, 4.4)
+    return True
+
+
 def _curve(case: str) -> Callable[[Document, Any], bool]:
     """What each client waited for its first byte, with and without takeovers."""
 
@@ -229,6 +256,7 @@ PLOTS: dict[str, Callable[[Document, Any], bool]] = {
     "soak": _curve("soak"),
     "moves": _moves,
     "moves_by_number": _moves_by_number,
+    "deploys": _deploys,
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from rich.console import Console
 from rich.table import Table
 
+from .deploys import RATE
 from .moves import CURVE, by_number
 from .restarts import NO_RESTART, RESTARTS
 from .results import Document, Row
@@ -216,6 +217,46 @@ def _median_or_worst(row: Row, measure: str) -> float | None:
     return row.worst(measure) if measure.endswith("worst_ms") else row.median(measure)
 
 
+def _deploys(document: Document) -> Iterable[Table]:
+    """What clients saw, and the rates with and without takeover run."""
+    columns = [
+        "",
+        "deploys",
+        "new connections failed",
+        "requests failed",
+        "keep-alives lost without notice",
+        "with notice",
+        "websockets closed",
+        "requests a second",
+        "slowest, ms",
+        "one takes, s",
+    ]
+    caption = (
+        "requests failed: sent and not answered in full; keep-alives lost without notice: closed under a request that "
+        "was on its way and that nobody had read (RFC 9112, 9.5); websockets: by code, 1006 is without a close frame"
+    )
+    table = _table("Deploys under load", columns, caption)
+    rates = _table("Requests a second", ["", "median", "beside the same without takeover run"])
+    for row in (row for row in document.rows if row.case == "deploys"):
+        if not row.cell.endswith(RATE):
+            codes = ", ".join(f"{count} × {code}" for code, count in row.facts["websockets_closed"].items())
+            counts = ("connects_failed", "requests_failed", "keep_alives_lost", "keep_alives_noticed")
+            table.add_row(
+                row.subject,
+                str(row.facts["deploys"]),
+                *(_number(row.median(measure), 0) for measure in counts),
+                codes or "–",
+                _number(row.median("rate"), 0),
+                _number(row.median("slowest_ms"), 0),
+                _number(row.median("deploy_s"), 1),
+            )
+        else:
+            rates.add_row(row.subject, _number(row.median("rate"), 0), _number(document.ratio(row, "rate")))
+    yield table
+    if rates.row_count:
+        yield rates
+
+
 def _targets(document: Document) -> Table | None:
     found = targets(document)
     if not found:
@@ -253,6 +294,8 @@ def tables(document: Document) -> Iterable[Table]:
         yield from _moves(document)
     if "broken" in cases:
         yield _broken(document)
+    if "deploys" in cases:
+        yield from _deploys(document)
     if (found := _targets(document)) is not None:
         yield found
 

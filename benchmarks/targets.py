@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from .deploys import LOST, RATE
 from .importing import OURS
 from .moves import DRAINED
 from .restarts import NO_RESTART, RESTARTS
@@ -161,10 +162,34 @@ def _moves(document: Document) -> Iterable[Target]:
         yield Target(f"connections lost or garbled in {takeovers} takeovers", "0", f"{lost:.0f}", not lost)
 
 
+def _deploys(document: Document) -> Iterable[Target]:
+    rows = [row for row in document.rows if row.case == "deploys"]
+    for row in (row for row in rows if not row.cell.endswith(RATE)):
+        if row.subject != row.reference or not row.subject.startswith("takeover"):
+            continue
+        failed = (row.median("connects_failed") or 0) + (row.median("requests_failed") or 0)
+        what = f"{row.facts['deploys']} deploys, {row.subject}"
+        yield Target(f"{what}: failed connects and requests", "0", f"{failed:.0f}", not failed)
+        others = [other for other in rows if other.cell == row.cell and other.subject != row.subject]
+        worse = [
+            f"{column.replace('_', ' ')} {row.median(column):.0f}, {other.subject} {other.median(column):.0f}"
+            for other in others
+            for column in LOST
+            if (row.median(column) or 0) > (other.median(column) or 0)
+        ]
+        if others:
+            yield Target(f"{what}: beside its own reload", "never worse", "; ".join(worse) or "not worse", not worse)
+    for row in (row for row in rows if row.cell.endswith(RATE) and row.subject != row.reference):
+        ratio = document.ratio(row, "rate")
+        if ratio:
+            yield Target(f"requests a second, {row.subject}, beside without", "1", f"{ratio:.2f}", None)
+
+
 def targets(document: Document) -> list[Target]:
     """Every target that the document has rows for."""
     found = [*_echo(document), *_stream(document), *_memory(document), *_passing(document)]
     found += [*_restarts(document, "restarts"), *_restarts(document, "soak"), *_moves(document)]
+    found += _deploys(document)
     for row in (row for row in document.rows if row.case == "broken"):
         deploys = len(row.samples.get("ms", ()))
         good = int(min(row.median("status") or 0, row.median("told") or 0))
