@@ -127,6 +127,21 @@ def test_broken_versions_are_counted_by_what_they_leave(tmp_path: pathlib.Path) 
     assert "wrong port" in done.stdout
 
 
+def test_a_small_run_deploys_a_server_under_load(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("gunicorn")
+    document = tmp_path / "deploys.json"
+    ours = "takeover run, gunicorn threads"
+    done = benchmarks("deploys", "--quick", "--only", ours, "--json", str(document))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(document.read_text())["rows"]
+    assert row["subject"] == ours and row["facts"]["deploys"] == 2
+    assert row["samples"]["connects_failed"] == row["samples"]["requests_failed"] == [0], row
+    assert row["samples"]["requests"][0] > 10
+    report = benchmarks("report", str(document))
+    assert report.returncode == 0, report.stderr
+    assert ours in report.stdout and "Deploys under load" in report.stdout
+
+
 def test_a_target_is_judged_by_the_median_of_the_rounds_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.results import Document

@@ -13,14 +13,18 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from http_load import PROGRAM, HttpLoad
 from processes import Program, Room
+from takeover.run import conversations, hush, orphans
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples" / "servers"
 DEPLOYS = int(os.environ.get("TAKEOVER_TEST_DEPLOYS", "3"))
@@ -134,3 +138,21 @@ def test_a_server_is_deployed_under_load_without_a_failed_request(room: Room, na
 
 def test_each_example_has_its_command_line() -> None:
     assert {name for name, _ in CASES} == {path.name for path in EXAMPLES.glob("*.*")}
+
+
+def test_connections_of_uvicorn_have_tcp_nodelay_from_their_listener(room: Room) -> None:
+    """With --fd uvicorn takes them for UNIX sockets, and sets nothing."""
+    server = Deployed(room, *next((name, line) for name, line in CASES if "uvicorn asgi_app:app" in line))
+    try:
+        server.deploy()
+        assert server.current is not None
+        with room.connect() as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert sock.recv(15) == b"HTTP/1.1 200 OK"
+            listener: Any = SimpleNamespace(family=socket.AF_INET, getsockname=lambda: room.address)
+            holders = conversations.holders(orphans.tree(server.current.pid))
+            (found,) = conversations.of(holders, [listener])
+            with socket.socket(fileno=hush.fetch(found.pid, found.descriptor)) as copy:
+                assert copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    finally:
+        server.stop()
