@@ -160,3 +160,6 @@ def test_a_command_under_another_user_is_judged_by_what_can_be_known(room: Room,
     assert broken.wait() == 1
     assert "is not to be seen from here" in broken.lines[-1] and "--ready notify" in broken.lines[-1]
     assert room.owner() == supervisor.pid
+    # A change of user takes PR_SET_PDEATHSIG away (prctl(2)): the command would outlive a supervisor that is killed.
+    assert room.cli("stop", "--control", room.control).wait() == 0
+    assert supervisor.wait() == 0
