@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -9,7 +10,7 @@ import signal
 import pytest
 
 from clients import eventually
-from processes import Room, descriptors_at_rest
+from processes import Room, descriptors_at_rest, state_of
 from supervised import deploy, do, is_gone, processes_of, supervise, wait_for_version, wait_until_gone, who
 
 
@@ -284,3 +285,24 @@ def test_deploys_replacements_and_restarts_leak_no_descriptor_and_status_counts_
     with room.connect(), room.connect():
         eventually(lambda: room.status()["connections"]["open"] == 2, "two connections are counted")
     eventually(lambda: room.status()["connections"]["open"] == 0, "they are gone")
+
+
+def test_with_a_keeper_a_crash_of_everything_refuses_nobody_and_a_deploy_keeps_it(room: Room) -> None:
+    first = deploy(room, {"version": 1, "children": 1}, keep=True)
+    keeper = eventually(lambda: room.status()["keeper"]["pid"], "there is a keeper")
+    second = deploy(room, {"version": 2, "children": 1}, keep=True)
+    assert first.wait() == 0
+    eventually(lambda: room.status()["keeper"]["pid"] == keeper, "the keeper has stayed")
+    second.signal(signal.SIGKILL)
+    second.wait()
+    with room.connect() as waiting:
+        waiting.sendall(b"x")
+        third = deploy(room, {"version": 3}, keep=True)
+        wait_for_version(room, 3)
+        eventually(lambda: room.status()["keeper"]["pid"] == keeper, "the keeper has stayed")
+        with contextlib.suppress(ConnectionResetError):  # a worker that was left may have accepted it
+            assert waiting.recv(1) in (b"x", b"")
+    third.signal(signal.SIGTERM)
+    assert third.wait() == 0
+    assert room.left_behind() == []
+    eventually(lambda: is_gone(keeper) or state_of(keeper) == "Z", "the keeper has ended")
