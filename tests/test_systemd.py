@@ -235,6 +235,22 @@ def test_every_member_of_a_group_is_kept_and_adopted_again(room: Room, manager: 
     assert len(manager.store) == 3
 
 
+def test_a_socket_that_comes_from_its_unit_and_from_the_store_is_adopted_once(
+    room: Room, manager: ServiceManager
+) -> None:
+    manager.activated = [("web", socket.create_server(room.address))]
+    first = manager.start(*native(room))
+    manager.wait_until(lambda: manager.store, "it is kept too")
+    first.process.kill()
+    manager.wait_until(lambda: manager.deaths == 1, "the main process is dead")
+    again = manager.start(*native(room))
+    manager.wait_for_main(again)
+    assert len(room.status()["listeners"]) == 1
+    again.wait_for(f"adopted {room.url}, which the service manager has given (web)")
+    assert sum("has given" in line for line in again.lines) == 1
+    room.round_trip()
+
+
 @pytest.mark.parametrize("limit", ["FDSTORE=0", "MEMORY_PRESSURE_WATCH=/dev/null"])
 def test_nothing_is_stored_where_the_unit_says_that_it_has_no_store(
     room: Room, manager: ServiceManager, limit: str
