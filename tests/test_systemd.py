@@ -74,6 +74,8 @@ def test_the_first_start_says_ready_and_gives_its_listener_into_safe_keeping(
     assert [name for name, _ in manager.store] == [store_name(room)]
     assert manager.status == f"serving {room.url} (generation 1)"
     assert room.status()["service_manager"] == {"watchdog": None, "keeps": 1}
+    shown = room.cli("status", "--control", room.control)
+    assert shown.wait() == 0 and "listeners kept: 1; no watchdog" in " ".join(shown.text.split())
     room.round_trip()
     program.process.terminate()
     if way is not join:  # which does nothing about a signal

@@ -264,6 +264,10 @@ def render(report: dict[str, Any]) -> Table:
     keeper = report.get("keeper")
     if keeper:
         table.add_row("keeper", keeper_in_words(keeper))
+    manager = report.get("service_manager")
+    if manager:
+        watchdog = f"watchdog of {manager['watchdog']:g} s" if manager["watchdog"] else "no watchdog"
+        table.add_row("manager", f"listeners kept: {manager['keeps']}; {watchdog}")
     last = report.get("last_takeover")
     if last:
         phases = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in last["phases"].items())
