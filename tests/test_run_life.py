@@ -189,6 +189,8 @@ def test_workers_that_a_dying_command_leaves_behind_are_stopped(room: Room) -> N
     for pid in workers:
         wait_until_gone(pid)
     assert who(room)["pid"] not in workers
+    supervisor.signal(signal.SIGTERM)
+    assert supervisor.wait() == 0
 
 
 def test_a_command_that_forks_away_is_a_failure_and_nothing_of_it_is_left(room: Room) -> None:

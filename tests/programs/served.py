@@ -145,6 +145,7 @@ def main() -> None:
     socks = [socket.socket(fileno=3 + number) for number in range(int(os.environ.get("LISTEN_FDS", "0")))]
     for _ in range(wishes.get("children", 0)):
         if os.fork() == 0:
+            signal.alarm(100)  # what a failed test leaves behind does not stay for long
             break
     serve(wishes, socks)
 
