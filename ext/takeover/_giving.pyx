@@ -142,10 +142,8 @@ cdef Reason export_protocol(Core *core, Connection *connection, Output *output) 
         if type(version) is not int or not OLDEST <= version <= NEWEST:
             version = version_of(protocol)  # which knows what else will do, and says what will not
         state = export()
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except MemoryError:
-        return NO_MEMORY
     except BaseException:
         log.exception("the state of %r cannot be exported; its connection is drained", protocol)
         return BROKEN
@@ -190,7 +188,10 @@ cdef tuple export_batch(Core *core, size_t start, int most, size_t size, dict re
         with nogil:
             connection = export_natives(core, &start, most, size, &output, descriptors, &count, tally)
         while connection != NULL:
-            reason = export_protocol(core, connection, &output)
+            try:
+                reason = export_protocol(core, connection, &output)
+            except MemoryError:
+                reason = NO_MEMORY
             if reason == FINE:
                 hold(core, connection, descriptors, &count)
             else:

@@ -112,7 +112,7 @@ def state_of(protocol: Any) -> tuple[int, bytes]:
     try:
         version = version_of(protocol)
         state = export()
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException:
         log.exception("the state of %r cannot be exported; its connection is drained", protocol)
@@ -201,18 +201,22 @@ class Mover(Connections):
             if transport.stays or not transport.at_rest:
                 continue
             try:
-                records.append(_export(self, transport))
-            except Stays as stays:
-                (why,) = stays.args
+                descriptors.append(fd)
+                record = _export(self, transport)
+                transport.hold()
+                records.append(record)
+            except (Stays, MemoryError) as error:
+                del descriptors[len(records) :]
+                if transport._held:
+                    transport.resume()
+                why = error.args[0] if isinstance(error, Stays) else "memory"
                 reasons[why] = reasons.get(why, 0) + 1
                 transport.stays = why != "busy"
                 continue
             except BaseException:
-                self.put_back_connections(descriptors, False)
+                self.put_back_connections(descriptors[: len(records)], False)
                 raise
-            total += len(records[-1])
-            transport.hold()
-            descriptors.append(fd)
+            total += len(record)
         return b"".join(records), descriptors, -1
 
     def relinquish_connections(

@@ -183,20 +183,28 @@ class Mover(Connections):
                 continue
             try:
                 record, descriptor = _export(seat)
-            except Stays as stays:
-                (why,) = stays.args
+                self._leaving[descriptor] = seat
+                descriptors.append(descriptor)
+                records.append(record)
+            except (Stays, MemoryError) as error:
+                self._not_this_one(seat, descriptors, len(records))
+                why = error.args[0] if isinstance(error, Stays) else "memory"
                 reasons[why] = reasons.get(why, 0) + 1
                 seat.stays = why != "busy"
                 continue
             except BaseException:
                 self.put_back_connections(descriptors, False)
                 raise
-            records.append(record)
             total += len(record)
-            descriptors.append(descriptor)
-            self._leaving[descriptor] = seat
         self._round = []
         return b"".join(records), descriptors, -1
+
+    def _not_this_one(self, seat: Seat, descriptors: array[int], count: int) -> None:
+        """Undoes the export of a connection of which something is missing: only so many are on their way."""
+        del descriptors[count:]
+        if seat.hold is not None:
+            self._leaving.pop(seat.hold.duplicate.fileno(), None)
+            seat.hold.undo()
 
     def relinquish_connections(
         self, descriptors: array[int], skip: Collection[int]
@@ -342,9 +350,12 @@ def _export(seat: Seat) -> tuple[bytes, int]:
             raise
         log.error("%s is too much to move; it is drained", error)
         raise Stays("state") from None
-    was_reading = transport.is_reading()
+    try:
+        Hold(seat, protocol, duplicate, flags, was_reading=transport.is_reading())
+    except BaseException:
+        duplicate.close()
+        raise
     transport.pause_reading()
-    Hold(seat, protocol, duplicate, flags, was_reading=was_reading)
     return record, descriptor
 
 

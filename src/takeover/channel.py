@@ -226,7 +226,10 @@ class End(Exchange):
         try:
             work()
         except Exception as error:  # noqa: BLE001 - logged with its traceback, and contained
-            logger.exception("the channel to pid %d failed", self.channel.pid)
+            if isinstance(error, MemoryError):
+                logger.error("the channel to pid %d failed: no memory", self.channel.pid)
+            else:
+                logger.exception("the channel to pid %d failed", self.channel.pid)
             self.error = LocalError(f"the channel to pid {self.channel.pid} failed: {error}")
             self.link.lost = True
             self._lose()

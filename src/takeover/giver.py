@@ -43,7 +43,8 @@ SOONEST, LATEST = 0.005, 0.1
 """Seconds until who had said "not now" is asked again, the first time and after some times."""
 
 FAILURES = 10
-"""How often the kernel may refuse a batch (ETOOMANYREFS, no memory for a file) before the rest stays here."""
+"""How often a batch may be refused by the kernel (ETOOMANYREFS, no memory for a file), or find no memory here, before
+the rest stays here."""
 
 
 class Giver(End):
@@ -72,8 +73,7 @@ class Giver(End):
         self._pause = SOONEST
         self._resting = False
         self._busy = 0
-        self._packed: tuple[bytes, array[int]] = (b"", array("i"))
-        self._began = self._work = 0.0
+        self._packed = b""
         self._refused: list[list[Any]] = []
         self._staying: deque[Batch] = deque()
         self._release = b""
@@ -121,12 +121,18 @@ class Giver(End):
             return
         began = time.monotonic()
         self.connections.note_late_writes(self._ledger)
-        body, descriptors, self._cursor = self.connections.export_connections(
-            self._cursor, most, BATCH_SIZE, self._reasons
-        )
-        self._began, self._work = began, time.monotonic() - began
+        descriptors = array("i")
+        try:
+            self._packed, descriptors, cursor = self.connections.export_connections(
+                self._cursor, most, BATCH_SIZE, self._reasons
+            )
+            if descriptors:
+                self.batches.append(Batch(self._number, descriptors, began, work=time.monotonic() - began))
+        except MemoryError as error:
+            self._send_less(descriptors, error)
+            return
+        self._cursor = cursor
         if descriptors:
-            self._packed = body, descriptors
             self.step(Local.BATCH)
         self._pump_soon()
 
@@ -189,37 +195,47 @@ class Giver(End):
 
     def message(self, kind: Type) -> None:
         if kind is Type.CONNECTIONS:
-            self._send_batch(*self._packed)
+            self._send_batch(self.batches[-1])
         elif kind is Type.RELEASED:
             self.link.send(kind, self._release)
             self._pump_soon()
         elif kind is Type.FINISHED:
             self.link.send(kind, {"left": dict(self.left)})
 
-    def _send_batch(self, body: bytes, descriptors: array[int]) -> None:
-        prefix = records.BATCH.pack(self._number, int(self._began * 1e9), len(descriptors), len(body))
+    def _send_batch(self, batch: Batch) -> None:
+        """It counts as on its way from its export on: whatever is raised here, nothing of it is forgotten."""
+        body, self._packed = self._packed, b""
+        given: list[int] = []
         try:
+            data = records.BATCH.pack(batch.number, int(batch.began * 1e9), len(batch.descriptors), len(body))
             if len(body) > records.LARGEST_INLINE:
-                file = records.seal("takeover-connections", body)
-                self.link.send(Type.CONNECTIONS, prefix, [*descriptors, file], given=[file])
+                given.append(records.seal("takeover-connections", body))
             else:
-                self.link.send(Type.CONNECTIONS, prefix + body, descriptors)
-        except OSError as error:
-            self._refused_by_kernel(descriptors, error)
+                data += body
+        except (OSError, MemoryError) as error:
+            self.batches.pop()
+            self._send_less(batch.descriptors, error)
             return
-        if not self.batches:
+        try:
+            self.link.send(Type.CONNECTIONS, data, [*batch.descriptors, *given], given=given)
+        except OSError as error:
+            self.batches.pop()
+            self._send_less(batch.descriptors, error)
+            return
+        if len(self.batches) == 1:
             self._silent = 0
-        self.batches.append(Batch(self._number, descriptors, self._began, work=self._work))
         self._number += 1
 
-    def _refused_by_kernel(self, descriptors: array[int], error: OSError) -> None:
-        """What is in flight counts against the user's RLIMIT_NOFILE (unix(7)): less at a time, and later."""
+    def _send_less(self, descriptors: array[int], error: OSError | MemoryError) -> None:
+        """Less at a time, and later: what is in flight counts against the user's RLIMIT_NOFILE (unix(7)), or there was
+        no memory."""
         self._failures += 1
         self.connections.put_back_connections(descriptors, False)
         self._most, self._window = max(1, len(descriptors) // 4), 1
         if self._failures > FAILURES:
-            logger.warning("sendmsg of %d connections: %s; the rest is drained", len(descriptors), error.strerror)
-            self._give_up("kernel")
+            what = "no memory" if isinstance(error, MemoryError) else error.strerror
+            logger.warning("%d connections cannot be sent: %s; the rest is drained", len(descriptors), what)
+            self._give_up("memory" if isinstance(error, MemoryError) else "kernel")
         else:
             self._rest()
 

@@ -94,26 +94,34 @@ class Taker(End):
         if not self.batches:
             self._silent = 0
         collector.rest(self)
+        taken_in = False
         try:
-            body = self._records(self.frame, len(descriptors), size)
-        except (OSError, MemoryError) as error:
-            logger.warning("no memory for %s bytes of connections (%r); they go back", f"{size:,}", error)
-            body, self._refused = memoryview(b""), [[index, "memory"] for index in range(len(descriptors))]
-        else:
-            del self.frame.descriptors[: len(descriptors)]
-            self._refused = self.connections.adopt_connections(body, descriptors, self.channel.generation)
-        finally:
+            body = self._body(self.frame, len(descriptors), size)
+            self._refused = [[index, "memory"] for index in range(len(descriptors))]
+            if body is not None:
+                del self.frame.descriptors[: len(descriptors)]
+                self._refused = self.connections.adopt_connections(body, descriptors, self.channel.generation)
+                taken_in = True
             close_all(self.frame.descriptors)
             del self.frame.descriptors[:]
-        skip = [index for index, _ in self._refused]
-        try:
-            self.batches.append(Batch(number, descriptors, taken, frozenset(skip)))
+            skip = frozenset(index for index, _ in self._refused)
+            self.batches.append(Batch(number, descriptors, taken, skip))
         except BaseException:
-            self.connections.drop_connections(descriptors, skip)
+            if taken_in:
+                self.connections.drop_connections(descriptors, dict(self._refused))
             raise
         self._adopted += len(descriptors) - len(skip)
-        self.account.state_bytes += len(body)
+        self.account.state_bytes += len(body or b"")
         self.account.refused.update(word for _, word in self._refused)
+
+    def _body(self, frame: Frame, count: int, size: int) -> memoryview | None:
+        """The records of a batch; None, said plainly, where there is no memory for them."""
+        try:
+            return self._records(frame, count, size)
+        except (OSError, MemoryError) as error:
+            why = error.strerror if isinstance(error, OSError) else "no memory"
+            logger.warning("no memory for %s bytes of connections: %s; they go back", f"{size:,}", why)
+            return None
 
     def _open(self, frame: Frame) -> tuple[int, float, int, array[int]]:
         """Number, time, size of the records and connections of a batch; the frame owns the descriptors still."""

@@ -25,6 +25,9 @@ WRITERS: set[Any] = set()
 
 COUNTS: dict[Any, int] = {}
 
+NOTES: set[str] = set()
+"""What the test wishes of all connections: "no memory" for any state."""
+
 
 class Echo(asyncio.Protocol):
     """Sends back what comes, and pauses whom its own client is too slow for."""
@@ -116,7 +119,7 @@ class Lines(asyncio.Protocol):
             COUNTS[self] = self.count
             words = line.decode().split()
             self.busy = words[0] == "busy" or (self.busy and words[0] != "free")
-            self.broken = self.broken or words[0] == "break"
+            self.broken = self.broken or (words[0] == "break" and words[-1])
             self.half = self.half or words[0] == "half"
             obey(self.transport, words)
             if words[0] == "bye":
@@ -125,11 +128,15 @@ class Lines(asyncio.Protocol):
                 self.transport.write(answer(self.count, aio.moved(self.transport), line.decode()))
 
     def export_state(self) -> Any:
+        if self.broken == "memory":
+            raise MemoryError
         if self.broken:
             raise RuntimeError("this state cannot be told")
         return takeover.NOT_NOW if self.busy else b"%d %d %s" % (self.count, self.half, self.begun)
 
     def import_state(self, state: bytes) -> None:
+        if "no memory" in NOTES:
+            raise MemoryError
         count, half, self.begun = state.split(b" ", 2)
         self.count = COUNTS[self] = int(count)
         self.half = half == b"1"
@@ -194,6 +201,7 @@ def signal_at(step: str, signum: int) -> Callable[[str], None]:
 async def serve(wishes: dict[str, Any]) -> None:
     handler = KINDS[wishes["kind"]]
     options = wishes["options"]
+    NOTES.update(wishes.get("notes", ()))
     if "versions" in wishes:
         handler.state_version, *handler.readable_state_versions = wishes["versions"]
     if "certificate" in wishes:

@@ -81,6 +81,8 @@ class Movable(Base):
         state = json.dumps(self.kept).encode()
         if poison == "raise":
             raise ValueError("the state cannot be exported")
+        if poison == "memory":
+            raise MemoryError
         if poison == "exit":
             raise SystemExit(7)
         if poison == "wrong":
@@ -119,8 +121,11 @@ class Movable(Base):
         text, _, ballast = bytes(state).partition(b"\0")
         self.kept = json.loads(text)
         self.kept["ballast"] = len(ballast)
+        self.ballast = ballast if "keep" in WISHES else b""
         if self.kept["poison"] == "leave":
             raise SystemExit(7)
+        if self.kept["poison"] == "refuse memory":
+            raise MemoryError
         if self.kept["poison"] == "refuse":
             raise ValueError("the state cannot be imported")
         if self.kept["poison"].partition(" ")[0] == "huge":

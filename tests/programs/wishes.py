@@ -38,8 +38,9 @@ def report_boundaries(name: str) -> None:
 def break_channel(how: str) -> None:
     """A mistake in one end: records that are garbled, or an exception in the middle of an adoption."""
 
-    def garble(self: Giver, body: bytes, descriptors: Any) -> None:
-        send_batch(self, body[:-1], descriptors)
+    def garble(self: Giver, batch: Any) -> None:
+        self._packed = self._packed[:-1]
+        send_batch(self, batch)
 
     def fail(self: Taker, kind: Any) -> None:
         raise RuntimeError("a mistake in the taker")
