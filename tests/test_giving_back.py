@@ -5,7 +5,10 @@ from __future__ import annotations
 import select
 import socket
 
+import pytest
+
 import takeover
+from clients import eventually
 from processes import Room
 
 
@@ -49,6 +52,34 @@ def test_in_the_probation_the_incumbent_accepts_again_and_learns_why(room: Room)
             third.listen(room.url)
             assert third.ready().generation == 2
     assert room.left_behind() == []
+
+
+def test_before_the_commit_the_incumbent_goes_on_and_learns_why(room: Room) -> None:
+    with takeover.join(room.control) as old:
+        old.listen(room.url)
+        old.ready()
+        with takeover.join(room.control) as new:
+            new.listen(room.url)
+            assert new.give_back("its tables are older than the database")
+        eventually(lambda: old.status()["last_takeover"], "the takeover is over")
+        assert old.accepts and old.status()["last_takeover"]["reason"] == "its tables are older than the database"
+    assert room.left_behind() == []
+
+
+def fail_to_warm_up(room: Room) -> None:
+    with takeover.join(room.control) as new:
+        new.listen(room.url)
+        raise ZeroDivisionError("no workers to share the load")
+
+
+def test_what_a_successor_fails_with_is_what_the_incumbent_is_told(room: Room) -> None:
+    with takeover.join(room.control) as old:
+        old.listen(room.url)
+        old.ready()
+        with pytest.raises(ZeroDivisionError):
+            fail_to_warm_up(room)
+        eventually(lambda: old.status()["last_takeover"], "the takeover is over")
+        assert old.status()["last_takeover"]["reason"] == "no workers to share the load"
 
 
 def test_after_the_probation_the_service_stays_where_it_is(room: Room) -> None:

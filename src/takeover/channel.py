@@ -232,7 +232,7 @@ class End(Exchange):
                 logger.exception("the channel to pid %d failed", self.channel.pid)
             self.error = LocalError(f"the channel to pid {self.channel.pid} failed: {error}")
             self.link.lost = True
-            self._lose()
+            self.lose()
         if not self.finished:
             self._look_after()
 

@@ -26,7 +26,7 @@ from typing import TypeVar
 from .errors import LocalError
 from .exchange import Exchange, logger
 from .link import close_all
-from .protocol import Limits, Local
+from .protocol import Limits
 
 Result = TypeVar("Result")
 
@@ -134,8 +134,7 @@ class ControlThread:
         except Exception:  # noqa: BLE001 - logged with its traceback, and contained
             logger.exception("the exchange with pid %d failed", exchange.link.peer.pid)
             exchange.link.close()
-            if exchange.machine.accepts(Local.LOST):
-                exchange.step(Local.LOST)
+            exchange.lose()
         self._watch(exchange)
 
     def _run(self) -> None:

@@ -70,6 +70,7 @@ class Exchange:
         self._elapsed = 0
         self._events: deque[Event] = deque()
         self._stepping = False
+        self._gone = False
 
     @property
     def state(self) -> State:
@@ -146,7 +147,7 @@ class Exchange:
             self._since = now
             self._elapsed = self._silent = 0
             self.changed(before)
-        if self.link.lost and self.state is not before and self.machine.accepts(self.loss):
+        if self._gone and self.state is not before and self.machine.accepts(self.loss):
             self._events.append(self.loss)
 
     def _act(self, action: Action) -> None:
@@ -174,7 +175,7 @@ class Exchange:
         while not self.link.lost and not self.finished and self.link.first_byte():
             self.readable()
         self.link.lost = True
-        self._lose()
+        self.lose()
 
     def readable(self) -> None:
         """Reads what has come, and acts on it; a peer that breaks the protocol loses the link."""
@@ -192,10 +193,12 @@ class Exchange:
             self.error, self.reason = error, str(error)
             logger.warning("pid %d broke the protocol: %s", self.link.peer.pid, error)
             self.link.lost = True
-        self._lose()
+        self.lose()
 
-    def _lose(self) -> None:
-        if self.link.lost and self.machine.accepts(self.loss):
+    def lose(self) -> None:
+        """If the link is lost, that is an event now and in each state to come; what the peer had sent came before."""
+        self._gone = self.link.lost
+        if self._gone and self.machine.accepts(self.loss):
             self.step(self.loss)
 
     def _frame(self, frame: Frame) -> None:

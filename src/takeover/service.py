@@ -233,14 +233,17 @@ class Service:
         return blobs.inherited(self._controller, name, timeout)
 
     def give_back(self, reason: str) -> bool:
-        """In the probation: gives the service back to the incumbent, because this version has turned out not to work.
+        """Leaves the service to the incumbent, who is told why, because this version has turned out not to work.
 
-        True when the incumbent accepts again: this process is to end then. False where there is nobody to take it, as
-        at a cold start, or where it is too late: the probation is over, and the service stays this process's.
+        True when the incumbent goes on, or accepts again: this process is to end then. False where there is nobody to
+        take it, as at a cold start, or where it is too late: the probation is over, and it stays this process's.
         """
         successor = self._successor
-        if successor is None or not self._is_ready:
+        if successor is None:
             return False
+        if not self._is_ready:
+            self._give_up(reason)
+            return True
 
         def fail() -> None:
             if successor.machine.accepts(Local.FAIL):
@@ -282,6 +285,8 @@ class Service:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if value is not None:
+            self._give_up(str(value) or type(value).__name__)
         self.close()
 
     def _give_up(self, why: str) -> None:

@@ -193,6 +193,8 @@ class Supervisor(Server):
         """Ends with an error; what the new command may have accepted, it gets a moment to serve."""
         if self._failure is None and not self._ending:
             self._failure = error
+            if self.service is not None and not self._serving:
+                self.service.give_back(str(error))
             self._end(min(FAILED_STOP, self.options.stop_timeout))
 
     def _on_died(self, status: int) -> bool:
