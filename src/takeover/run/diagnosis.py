@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Sequence
 
-from . import diag, proc
+from . import proc, sock_diag
 from .acceptance import Acceptance, Target
 from .waiting import Seen, look
 
@@ -105,4 +105,4 @@ def own_listeners(pids: Iterable[int], given: Sequence[int]) -> list[str]:
         with contextlib.suppress(proc.Hidden):
             held |= {inode for link in proc.descriptors(pid).values() if (inode := proc.inode_of(link)) is not None}
     held -= set(given)
-    return [url for url, inode in diag.all_listeners() if inode in held] if held else []
+    return [url for url, inode in sock_diag.all_listeners() if inode in held] if held else []

@@ -1,7 +1,7 @@
 """A probe: one connection to a listener, and the answer to who has accepted it.
 
 The old command and the new one share the listener, so that a connection was accepted proves nothing. A probe asks the
-kernel which socket is the server's end of it (diag.py), and then looks for the process that has a descriptor of that.
+kernel which socket is the server's end of it (sock_diag.py), and then looks for the process that has a descriptor of that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from . import diag, proc
+from . import proc, sock_diag
 from .waiting import holder_of
 
 _UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EALREADY})
@@ -81,10 +81,10 @@ class Probe:
         if not self._connected:
             return None
         try:
-            inode = diag.server_end(self.sock)
-        except diag.Unknown as error:
+            inode = sock_diag.server_end(self.sock)
+        except sock_diag.Unknown as error:
             return self._by_elimination(str(error))
-        if inode == diag.IN_QUEUE:
+        if inode == sock_diag.IN_QUEUE:
             return self._by_elimination("")
         try:
             return Taken(holder_of(pids, inode))

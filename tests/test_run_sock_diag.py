@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from newcomers import Listening, tcp, unix
-from takeover.run import diag
+from takeover.run import sock_diag
 
 
 @pytest.fixture(params=["tcp", "tcp6", "unix"])
@@ -27,10 +27,10 @@ def listening(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterato
 def test_the_servers_end_is_known_from_the_moment_that_it_is_accepted(listening: Listening) -> None:
     with socket.socket(listening.sock.family) as client:
         client.connect(listening.sock.getsockname())
-        assert diag.server_end(client) == diag.IN_QUEUE
+        assert sock_diag.server_end(client) == sock_diag.IN_QUEUE
         accepted, _ = listening.sock.accept()
         with accepted:
-            assert diag.server_end(client) == os.fstat(accepted.fileno()).st_ino
+            assert sock_diag.server_end(client) == os.fstat(accepted.fileno()).st_ino
 
 
 def test_proc_tells_the_same_where_the_kernel_has_no_sock_diag(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,11 +41,11 @@ def test_proc_tells_the_same_where_the_kernel_has_no_sock_diag(monkeypatch: pyte
     for listening in (tcp(), tcp("::1", socket.AF_INET6)):
         with listening.sock, socket.socket(listening.sock.family) as client:
             client.connect(listening.sock.getsockname())
-            assert diag.server_end(client) == diag.IN_QUEUE
+            assert sock_diag.server_end(client) == sock_diag.IN_QUEUE
             accepted, _ = listening.sock.accept()
             with accepted:
-                assert diag.server_end(client) == os.fstat(accepted.fileno()).st_ino
+                assert sock_diag.server_end(client) == os.fstat(accepted.fileno()).st_ino
 
 
 def test_every_listener_is_found_with_its_url(listening: Listening) -> None:
-    assert (listening.url, os.fstat(listening.sock.fileno()).st_ino) in diag.all_listeners()
+    assert (listening.url, os.fstat(listening.sock.fileno()).st_ino) in sock_diag.all_listeners()
