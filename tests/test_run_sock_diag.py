@@ -37,7 +37,7 @@ def test_proc_tells_the_same_where_the_kernel_has_no_sock_diag(monkeypatch: pyte
     def refuse(request: bytes) -> bytes:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(diag, "_ask", refuse)
+    monkeypatch.setattr(sock_diag, "_ask", refuse)
     for listening in (tcp(), tcp("::1", socket.AF_INET6)):
         with listening.sock, socket.socket(listening.sock.family) as client:
             client.connect(listening.sock.getsockname())

@@ -1,7 +1,7 @@
 """A probe: one connection to a listener, and the answer to who has accepted it.
 
 The old command and the new one share the listener, so that a connection was accepted proves nothing. A probe asks the
-kernel which socket is the server's end of it (sock_diag.py), and then looks for the process that has a descriptor of that.
+kernel which socket is the server's end of it (sock_diag.py), and looks for the process that has a descriptor of that.
 """
 
 from __future__ import annotations
