@@ -76,7 +76,15 @@ def aio(request: pytest.FixtureRequest) -> Iterator[Aio]:
         yield Aio(room, request.param)
 
 
-TOGETHER = frozenset({"test_packaging.py", "test_loop_echo.py", "test_explorer.py", "test_channel_explorer.py"})
+TOGETHER = frozenset(
+    {
+        "test_packaging.py",
+        "test_loop_echo.py",
+        "test_explorer.py",
+        "test_channel_explorer.py",
+        "test_compiled_handler.py",
+    }
+)
 """Files whose tests share something that takes long to make: with --dist loadgroup each goes to one worker."""
 
 
