@@ -7,6 +7,7 @@ import os
 import pathlib
 import shlex
 import signal
+import socket
 import subprocess
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -48,7 +49,7 @@ HYPERCORN = Kind(
     "--bind fd://{fd} --workers 0",
     "--bind 127.0.0.1:{port}",
     "--workers 1",
-    "--drain-first --stop-timeout 5",
+    "--drain-first --stop-timeout 8",
     True,
 )
 GUNICORN = Kind(
@@ -121,6 +122,17 @@ class Server(Rival):
     def cpus(self) -> set[int]:
         return os.sched_getaffinity(0)
 
+    def answers(self) -> bool:
+        """Whether an application answers, and not only a master has bound the port. Raises RuntimeError if it ended."""
+        if not self.accepts():
+            return False
+        with socket.create_connection(("127.0.0.1", self.port), 5) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            try:
+                return sock.recv(12) == b"HTTP/1.1 200"
+            except OSError:
+                return False
+
     def words(self, *parts: str) -> list[str]:
         return shlex.split(" ".join((self.kind.words, *parts)).replace("{port}", str(self.port)))
 
@@ -130,7 +142,7 @@ class Alone(Server):
 
     def start(self) -> None:
         self.serve(self.words(self.kind.bind, self.kind.workers))
-        wait_until(self.accepts, f"{self.name} to listen")
+        wait_until(self.answers, f"{self.name} to answer")
 
     def restart(self) -> None:
         master = self.spawned[-1].pid
@@ -145,7 +157,7 @@ class UsrTwo(Alone):
 
     def start(self) -> None:
         self.serve(self.words(self.kind.bind, f"--pid {self.folder}/pid"))
-        wait_until(self.accepts, f"{self.name} to listen")
+        wait_until(self.answers, f"{self.name} to answer")
         self.master = self.spawned[-1].pid
 
     def restart(self) -> None:

@@ -123,8 +123,8 @@ def _rate(plan: Plan, group: str, kinds: list[type[Server]]) -> None:
                 if server is None:
                     return
                 running.append(server)
-            for _ in range(plan.rounds):
-                for server in running:
+            for index in range(plan.rounds):
+                for server in running if index % 2 else reversed(running):
                     plan.say(f"deploys: {RATE}, {server.name}")
                     row = plan.document.row("deploys", f"{group}: {RATE}", server.name, kinds[1].name)
                     row.add(rate=_wrk(server.port, plan.seconds))
