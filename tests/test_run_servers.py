@@ -81,7 +81,7 @@ class Deployed:
         room.environment["HOME"] = room.folder  # gunicorn has a control socket there
         room.tracebacks_allowed = "hypercorn" in words  # it cancels what is left at the end, and asyncio shows that
         options = ["--control", room.control, "--probation", "0.2"]
-        options += ["--stop-timeout", "6"] if "--drain-first" in words else []
+        options += ["--stop-timeout", "10"] if "--drain-first" in words else []
         rest = [room.url if word == ADDRESS else "3" if word == "25" else word for word in words[2:]]
         self.command = [sys.executable, "-m", "takeover", "run", *options, *rest]
         self.room = room

@@ -39,10 +39,11 @@ PAUSE = 0.005
 HUSHED_FOR = 0.1
 """Seconds after which the epoll sets are looked at again."""
 
-
 REST = 0.1
-SHORTEST_REST = 0.01
-"""Seconds without a byte after which an answer is taken for complete: at the beginning of the drain, and at its end."""
+"""Seconds without a byte after which an answer is taken for complete, when the drain begins."""
+
+RESTLESS = 0.7
+"""The part of the drain after which that has come down to nothing: what is left will be cut off at its end anyway."""
 
 LONG_REST = 0.5
 """The same where it is not certain that the last data was an answer; in the second half of the drain only."""
@@ -124,15 +125,15 @@ class Quieting:
             if left:
                 logger.info("%d connections are left after %.0f s: the stop signal ends them", len(left), waited)
             return True
-        late = waited > self._drain / 2
+        spent = waited / self._drain
         for each in left:
-            rest = (0 if late else REST) if each.is_idle else LONG_REST
-            if (
-                each.inode not in self._ended
-                and each.may_be_idle
-                and each.since_sent >= rest
-                and (late or each.is_idle)
-            ):
+            if each.is_idle:
+                rest = REST * max(0.0, 1 - spent / RESTLESS) ** 2
+            elif each.may_be_idle and spent > 0.5:
+                rest = LONG_REST
+            else:
+                continue
+            if each.since_sent >= rest * 1000 and each.inode not in self._ended:
                 self._end(each)
         return False
 
