@@ -85,4 +85,4 @@ def wait_until_gone(pid: int) -> None:
 
 def processes_of(room: Room) -> list[dict[str, Any]]:
     """What status tells of the command's processes."""
-    return list(room.status()["command"]["processes"])
+    return list(room.status(LIMIT)["command"]["processes"])

@@ -24,7 +24,7 @@ def keeper_of(room: Room) -> int:
     """The pid of the keeper that the owner shows, when it shows one."""
 
     def known() -> int:
-        report = room.status().get("keeper") or {}
+        report = room.status(LIMIT).get("keeper") or {}
         return int(report["pid"]) if report.get("listeners") else 0
 
     return int(eventually(known, "status shows the keeper"))
@@ -122,7 +122,7 @@ def test_the_keeper_costs_little_while_its_owner_lives_and_when_it_is_dead(
 def test_status_shows_the_keeper_and_stop_ends_it(room: Room, owner: Callable[..., Program]) -> None:
     program = owner()
     pid = keeper_of(room)
-    shown = room.status()["keeper"]
+    shown = room.status(LIMIT)["keeper"]
     assert shown["listeners"] == 1 and shown["private_kib"] > 0 and shown["failure"] is None
     assert f"pid {pid} holds 1 listeners" in " ".join(room.cli("status").wait_for("keeper").split())
     query.stop(room.control)
@@ -161,7 +161,7 @@ def test_a_successor_that_wants_no_keeper_ends_it(room: Room, owner: Callable[..
     second = room.echo()
     room.wait_for_owner(second)
     eventually(lambda: is_gone(pid) and not os.path.exists(f"{room.control}.keeper"), "the keeper is gone")
-    assert room.status()["keeper"] is None
+    assert room.status(LIMIT)["keeper"] is None
     room.round_trip()
 
 

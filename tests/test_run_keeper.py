@@ -30,7 +30,7 @@ def room() -> Iterator[Room]:
 
 
 def keeper_of(room: Room) -> int:
-    return int(eventually(lambda: (room.status()["keeper"] or {}).get("pid"), "status shows the keeper"))
+    return int(eventually(lambda: (room.status(LIMIT)["keeper"] or {}).get("pid"), "status shows the keeper"))
 
 
 def ask(room: Room) -> socket.socket:

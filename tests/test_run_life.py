@@ -233,7 +233,7 @@ def test_it_works_as_pid_1_and_leaves_no_zombie_there(room: Room) -> None:
         room, stop_timeout=0.3, started=["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     )
     eventually(lambda: room.status()["state"] == "serving" if os.path.exists(room.control) else None, "it serves")
-    assert room.status()["pid"] == 1
+    assert room.status()["pid_there"] == 1
     first = who(room)["pid"]
     do(room, "orphan")
     inside = eventually(lambda: children_of(children_of(namespace.pid)[0]), "it has children")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .exchange import logger
+from .namespaces import in_words
 
 if TYPE_CHECKING:
     from .report import Report
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 def tell_start(report: Report, urls: Sequence[str], kind: str, *, dry_run: bool) -> None:
     """What the operator reads: which generation this is, on what kind of loop, and what became of the listeners."""
     where = ", ".join(urls)
+    incumbent = in_words(0 if report.elsewhere else report.incumbent, report.incumbent)
     if dry_run:
-        whom = f"from pid {report.incumbent}" if report.incumbent else "cold: nothing is running here"
+        whom = f"from {incumbent}" if report.incumbent else "cold: nothing is running here"
         logger.info("dry run: a takeover of %s would have worked (%s)", where, whom)
         return
     if report.generation == 1:
@@ -24,10 +26,10 @@ def tell_start(report: Report, urls: Sequence[str], kind: str, *, dry_run: bool)
             tell_kept(report)
         return
     logger.info(
-        "took over %d listener%s from pid %d (generation %d, %s) in %.0f ms",
+        "took over %d listener%s from %s (generation %d, %s) in %.0f ms",
         len(report.adopted),
         "" if len(report.adopted) == 1 else "s",
-        report.incumbent,
+        incumbent,
         report.generation,
         kind,
         report.milliseconds,
@@ -35,7 +37,7 @@ def tell_start(report: Report, urls: Sequence[str], kind: str, *, dry_run: bool)
     if report.bound:
         logger.warning("bound anew, not adopted: %s", ", ".join(report.bound))
     if report.unused:
-        logger.warning("not used by this version, drained by pid %d: %s", report.incumbent, ", ".join(report.unused))
+        logger.warning("not used by this version, drained by %s: %s", incumbent, ", ".join(report.unused))
 
 
 def tell_kept(report: Report) -> None:

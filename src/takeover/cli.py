@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from . import cli_options, query
+from . import cli_options, namespaces, query
 from ._backend import backend
 from ._version import VERSION
 from .channel import in_words
@@ -240,7 +240,7 @@ def keeper_in_words(keeper: dict[str, Any]) -> str:
         return f"none yet: {keeper.get('failure') or 'it is being started'}"
     memory = keeper.get("private_kib")
     costs = f", {memory:,} KiB of its own" if memory is not None else ""
-    return f"pid {keeper['pid']} holds {keeper['listeners']} listeners{costs}"
+    return f"{namespaces.in_words(keeper['pid'])} holds {keeper['listeners']} listeners{costs}"
 
 
 def render(report: dict[str, Any]) -> Table:
@@ -248,7 +248,12 @@ def render(report: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name in ("pid", "generation", "state", "role", "service", "backend", "version"):
+    there = report.get("pid_there")
+    pid = namespaces.in_words(
+        0 if report.get("elsewhere") else report.get("pid", 0), report.get("pid", 0)
+    ).removeprefix("pid ")
+    table.add_row("pid", f"{pid} (it calls itself {there})" if there else pid)
+    for name in ("generation", "state", "role", "service", "backend", "version"):
         table.add_row(name, str(report.get(name, "")))
     table.add_row("uptime", f"{report.get('uptime', 0):.1f} s")
     for listener in report.get("listeners", []):
@@ -271,8 +276,9 @@ def render(report: dict[str, Any]) -> Table:
     last = report.get("last_takeover")
     if last:
         phases = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in last["phases"].items())
+        peer = namespaces.in_words(0 if last.get("elsewhere") else last["peer"], last["peer"])
         reason = f": {last['reason']}" if last.get("reason") else ""
-        table.add_row("last takeover", f"{last['outcome']}, as {last['role']}, with pid {last['peer']}{reason}")
+        table.add_row("last takeover", f"{last['outcome']}, as {last['role']}, with {peer}{reason}")
         table.add_row("", phases)
     return table
 
@@ -304,7 +310,7 @@ def status(control: str, as_json: bool, watch: bool) -> None:
 @reports_errors
 def stop(control: str) -> None:
     """Stop the service: it accepts no more, drains to its deadline, and ends. Returns when it has ended."""
-    click.echo(f"pid {query.stop(control)} has ended")
+    click.echo(f"{namespaces.in_words(query.stop(control))} has ended")
 
 
 main.add_command(run)

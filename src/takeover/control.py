@@ -19,6 +19,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from .errors import ControlPathError, NotRunning, UsageError
+from .namespaces import in_words, mapping_hint, unmapped_uid
 
 LONGEST_PATH = 107
 """Bytes: sun_path of unix(7) has 108 with the terminating zero."""
@@ -36,6 +37,9 @@ class Peer(NamedTuple):
     pid: int
     uid: int
     pidfd: int | None
+
+    def __str__(self) -> str:
+        return in_words(self.pid)
 
 
 def peer_of(sock: socket.socket) -> Peer:
@@ -69,11 +73,12 @@ def remove_own(path: str, own: Identity | None) -> None:
 class ControlPath:
     """The path of a control socket, checked once; raises UsageError or ControlPathError where it is not fit for use.
 
-    `kind` is the type of its sockets, SOCK_STREAM or SOCK_SEQPACKET.
+    `kind` is the type of its sockets, SOCK_STREAM or SOCK_SEQPACKET. `allowed` are the uids whose processes may be at
+    the other end, as this user namespace shows them: never the one that stands for all uids without a mapping here.
     """
 
     def __init__(self, path: str, allow_uids: Collection[int] = (), kind: int = socket.SOCK_STREAM) -> None:
-        self.allowed = frozenset({os.geteuid(), 0, *allow_uids})
+        self.allowed = frozenset({os.geteuid(), 0, *allow_uids}) - {unmapped_uid()}
         self.kind = kind
         self._allow_uids = allow_uids
         self._mode = 0o666 if allow_uids else 0o600
@@ -108,7 +113,7 @@ class ControlPath:
         if status.st_uid not in self.allowed:
             raise ControlPathError(
                 f"control path {self.path}: the folder {folder} belongs to uid {status.st_uid}, who could replace the "
-                f"socket; choose a folder of uid {os.geteuid()} or of root"
+                f"socket; choose a folder of uid {os.geteuid()} or of root{mapping_hint(status.st_uid)}"
             )
         if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
             raise ControlPathError(

@@ -132,7 +132,7 @@ class ControlThread:
         try:
             work()
         except Exception:  # noqa: BLE001 - logged with its traceback, and contained
-            logger.exception("the exchange with pid %d failed", exchange.link.peer.pid)
+            logger.exception("the exchange with %s failed", exchange.link.name)
             exchange.link.close()
             exchange.lose()
         self._watch(exchange)

@@ -23,6 +23,7 @@ from .keeping import Keeping
 from .link import Link, close_all
 from .listeners import Held, url_of
 from .moments import Moments
+from .namespaces import mapping_hint
 from .protocol import Local, State
 from .successor import Elder, Inherited, Successor
 from .wire import Type
@@ -155,7 +156,7 @@ class Controller(ControlThread):
         for exchange in self.exchanges:
             if exchange is not asking and isinstance(exchange, Incumbent) and exchange.state in UNDECIDED:
                 seconds = time.monotonic() - exchange.began
-                return f"pid {exchange.link.peer.pid} has been taking over from pid {pid} for {seconds:.1f} s"
+                return f"{exchange.link.name} has been taking over from pid {pid} for {seconds:.1f} s"
         if self.state != "serving":
             return f"pid {pid} is {'on probation' if self.state == 'probation' else self.state}; try again in a moment"
         return None
@@ -217,20 +218,18 @@ class Controller(ControlThread):
     def decided(self, incumbent: Incumbent) -> None:
         """An exchange that was under way has ended, one way or the other."""
         if incumbent.state is State.DRAINING or self.state == "draining":
-            logger.info(
-                "pid %d has taken over; %d connections left", incumbent.link.peer.pid, self.server.connections()
-            )
+            logger.info("%s has taken over; %d connections left", incumbent.link.name, self.server.connections())
         elif incumbent.dry_run:
-            logger.info("dry run of pid %d: %s", incumbent.link.peer.pid, incumbent.reason)
+            logger.info("dry run of %s: %s", incumbent.link.name, incumbent.reason)
         else:
             self._note(incumbent, "undone")
             self.moments.refused(incumbent.reason)
-            logger.warning("the takeover by pid %d is off: %s; serving on", incumbent.link.peer.pid, incumbent.reason)
+            logger.warning("the takeover by %s is off: %s; serving on", incumbent.link.name, incumbent.reason)
 
-    def stop_requested(self, pid: int) -> None:
+    def stop_requested(self, who: str) -> None:
         """Somebody asked for the end of the service over the control socket."""
-        logger.info("pid %d asks to stop", pid)
-        self.moments.stopping(f"pid {pid} has asked to stop")
+        logger.info("%s asks to stop", who)
+        self.moments.stopping(f"{who} has asked to stop")
         self.post(self.leave)
         self.over.set()
         self.server.stop()
@@ -320,7 +319,8 @@ class Controller(ControlThread):
             self._make_room()
             link = Link(sock)
             if link.peer.uid not in self.control.allowed:
-                logger.warning("refused uid %d (pid %d): not allowed here", link.peer.uid, link.peer.pid)
+                hint = mapping_hint(link.peer.uid)
+                logger.warning("refused uid %d (%s): not allowed here%s", link.peer.uid, link.name, hint)
                 link.close()
                 continue
             self.add(Incumbent(link, self))
@@ -343,7 +343,8 @@ class Controller(ControlThread):
         self.last_takeover = {
             "outcome": outcome,
             "role": exchange.role,
-            "peer": exchange.link.peer.pid,
+            "peer": exchange.link.peer.pid or exchange.link.told,
+            "elsewhere": not exchange.link.peer.pid,
             "reason": exchange.reason or None,
             "phases": {name: round(milliseconds, 3) for name, milliseconds in exchange.phases.items()},
             "at": time.time(),

@@ -191,7 +191,7 @@ class Exchange:
                     raise
         except PeerError as error:
             self.error, self.reason = error, str(error)
-            logger.warning("pid %d broke the protocol: %s", self.link.peer.pid, error)
+            logger.warning("%s broke the protocol: %s", self.link.name, error)
             self.link.lost = True
         self.lose()
 

@@ -68,15 +68,16 @@ class Incumbent(Exchange):
 
     def received(self, frame: Frame) -> Event | None:
         if frame.type is Type.JOIN:
+            self.link.told = frame.body["pid"]
             refusal = self._refuse(frame.body)
             if refusal is not None:
                 self._refusal = refusal
-                logger.info("refused pid %d: %s", self.link.peer.pid, refusal[1])
+                logger.info("refused %s: %s", self.link.name, refusal[1])
                 return Local.DENIED
             self.dry_run = frame.body["dry_run"]
-            logger.info("pid %d asks for the service%s", self.link.peer.pid, " (dry run)" if self.dry_run else "")
+            logger.info("%s asks for the service%s", self.link.name, " (dry run)" if self.dry_run else "")
             if not self.dry_run:
-                self.owner.moments.asked(self.link.peer.pid)
+                self.owner.moments.asked(self.link.name)
         elif frame.type is Type.STOP:
             busy = self.owner.busy_with(self)
             if busy is not None:
@@ -134,7 +135,7 @@ class Incumbent(Exchange):
         elif action is Do.MOVE:
             self._move()
         elif action is Do.STOP:
-            self.owner.stop_requested(self.link.peer.pid)
+            self.owner.stop_requested(self.link.name)
         return None
 
     def _move(self) -> None:

@@ -23,6 +23,7 @@ from .control import ControlPath, peer_of, remove_own
 from .descriptors import expect_listener
 from .errors import LocalError, PeerLost, RemoteProtocolError, TimedOut
 from .link import close_all
+from .namespaces import mapping_hint
 from .successor import Inherited
 from .wire import is_listener
 
@@ -56,7 +57,7 @@ class Keeper:
         if self.peer.uid not in path.allowed:
             uid = self.peer.uid
             self.close()
-            raise LocalError(f"the process at {path.path} belongs to uid {uid}, not to us; end it as that user")
+            raise LocalError(f"the process at {path.path} belongs to uid {uid}, not to us{mapping_hint(uid)}")
 
     @property
     def pid(self) -> int:
@@ -71,7 +72,7 @@ class Keeper:
             raise RemoteProtocolError(f"who listens at {self.path.path} is not a keeper; end it, and remove the file")
         _, version, _, held = HELLO.unpack_from(answer)
         if version != VERSION:
-            raise RemoteProtocolError(f"the keeper (pid {self.pid}) speaks version {version}, this process {VERSION}")
+            raise RemoteProtocolError(f"the keeper ({self.peer}) speaks version {version}, this process {VERSION}")
         return int(held)
 
     def register(self, items: Sequence[tuple[dict[str, Any], int]]) -> None:
@@ -137,29 +138,29 @@ class Keeper:
         answer, descriptors = self._ask(message, descriptor)
         close_all(descriptors)
         if answer[:1] != b"O":
-            raise LocalError(f"the keeper (pid {self.pid}) has no room for that, or somebody else registers with it")
+            raise LocalError(f"the keeper ({self.peer}) has no room for that, or somebody else registers with it")
 
     def _ask(self, message: bytes, descriptor: int = -1) -> tuple[bytes, array[int]]:
         try:
             fdpass.send_descriptors(self.sock.fileno(), message, () if descriptor < 0 else (descriptor,))
         except (BrokenPipeError, ConnectionResetError):
-            raise PeerLost(f"the keeper (pid {self.pid}) has died") from None
+            raise PeerLost(f"the keeper ({self.peer}) has died") from None
         except BlockingIOError:
-            raise TimedOut(f"the keeper (pid {self.pid}) does not read; is it stopped?") from None
+            raise TimedOut(f"the keeper ({self.peer}) does not read; is it stopped?") from None
         return self._receive()
 
     def _receive(self) -> tuple[bytes, array[int]]:
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         if not poll.poll(PATIENCE * 1000):
-            raise TimedOut(f"the keeper (pid {self.pid}) does not answer; is it stopped?")
+            raise TimedOut(f"the keeper ({self.peer}) does not answer; is it stopped?")
         try:
             answer, descriptors = fdpass.receive_descriptors(self.sock.fileno(), LONGEST, 1)
         except ConnectionResetError:
             answer, descriptors = b"", array("i")
         if not answer:
             close_all(descriptors)
-            raise PeerLost(f"the keeper (pid {self.pid}) has died")
+            raise PeerLost(f"the keeper ({self.peer}) has died")
         return answer, descriptors
 
 
@@ -221,7 +222,7 @@ def _process() -> Any:
 def private_memory(pid: int) -> int | None:
     """The private pages of a process in KiB, clean and dirty ones (proc_pid_smaps(5)); None where nothing tells."""
     try:
-        with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+        with open(f"/proc/{pid}/smaps_rollup", encoding="utf-8") as file:
             return sum(map(int, re.findall(r"^Private_(?:Clean|Dirty): +(\d+) kB", file.read(), re.MULTILINE)))
     except OSError:
         return None

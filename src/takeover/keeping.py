@@ -193,7 +193,7 @@ class Keeping:
             current.close()
             raise
         if started:
-            logger.info("the keeper (pid %d) holds %d listeners", current.pid, len(items))
+            logger.info("the keeper (%s) holds %d listeners", current.peer, len(items))
         self.owner.post(lambda: self._watch(current, len(items)))
         if self.owner.ended.is_set():
             current.close()
@@ -214,7 +214,7 @@ class Keeping:
 
     def _lost(self) -> None:
         assert self._keeper is not None
-        logger.warning("the keeper (pid %d) has died; starting another", self._keeper.pid)
+        logger.warning("the keeper (%s) has died; starting another", self._keeper.peer)
         self._keeper.reap()
         self._forget()
         self._try_again()

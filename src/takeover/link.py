@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from ._backend import fdpass
 from .control import Peer, peer_of
 from .errors import RemoteProtocolError
+from .namespaces import in_words
 from .wire import Body, Decoder, Frame, Type, encode
 
 FRAMES_AT_ONCE = 32
@@ -29,12 +30,14 @@ class Link:
     `lost` turns true at end-of-file, at a reset, and when the peer's process is found dead with nothing left to read.
     Descriptors that are sent stay the caller's, who keeps them open until the frame was answered; those that are
     `given` with it are the link's, and closed as soon as they have gone. `peer`: where the kernel is not to be asked.
+    `told` is the pid that the peer says it has, which is another one in another pid namespace.
     """
 
     def __init__(self, sock: socket.socket, peer: Peer | None = None) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.peer = peer or peer_of(sock)
+        self.told = 0
         self.lost = False
         self.before_close: Callable[[], None] | None = None
         self._decoder = Decoder()
@@ -44,6 +47,11 @@ class Link:
     def expect(self, kinds: Collection[Type]) -> None:
         """Takes no other messages than these from now on."""
         self._decoder.expected = kinds
+
+    @property
+    def name(self) -> str:
+        """The process at the other end, for people."""
+        return in_words(self.peer.pid, self.told)
 
     def fileno(self) -> int:
         return self.sock.fileno()

@@ -33,9 +33,9 @@ class Moments:
         self.manager.succeed(body.get("manager"), self.owner.listeners, unused, self.serving())
         self._feed_watchdog()
 
-    def asked(self, pid: int) -> None:
+    def asked(self, who: str) -> None:
         """A successor has been let in."""
-        self.manager.reloading(f"pid {pid} is taking over; {self.serving()}")
+        self.manager.reloading(f"{who} is taking over; {self.serving()}")
 
     def refused(self, reason: str) -> None:
         """It does not take over after all."""

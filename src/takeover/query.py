@@ -9,6 +9,7 @@ from typing import Any
 from .control import ControlPath
 from .errors import LocalError, NotRunning, PeerLost, Refused, RemoteProtocolError, TimedOut
 from .link import Link, close_all
+from .namespaces import in_words, is_process
 from .wire import Frame, Type
 
 TIME_LIMIT = 5.0
@@ -41,7 +42,7 @@ def _kept(control: ControlPath) -> str:
     if found is None:
         return ""
     pid, held = found
-    return f"; its keeper (pid {pid}) holds {held} listeners, and clients wait: start it again, or stop that too"
+    return f"; its keeper ({in_words(pid)}) holds {held} listeners, and clients wait: start it again, or stop that too"
 
 
 def _next(link: Link, deadline: float) -> Frame | None:
@@ -50,7 +51,7 @@ def _next(link: Link, deadline: float) -> Frame | None:
     poll.register(link.fileno(), select.POLLIN)
     while not link.lost:
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise TimedOut(f"pid {link.peer.pid} does not answer; is it stopped?")
+            raise TimedOut(f"{link.name} does not answer; is it stopped?")
         for frame in link.receive():
             return frame
     return None
@@ -67,7 +68,8 @@ def _ask(path: str, kind: Type, time_limit: float) -> tuple[Link, Frame]:
             if greeting is not None:
                 close_all(greeting.descriptors)
                 if greeting.type is not Type.HELLO:
-                    raise RemoteProtocolError(f"pid {link.peer.pid} began with {greeting.type.name}")
+                    raise RemoteProtocolError(f"{link.name} began with {greeting.type.name}")
+                link.told = greeting.body["pid"]
                 link.send(kind)
                 answer = _next(link, deadline)
                 if answer is not None:
@@ -81,16 +83,29 @@ def _ask(path: str, kind: Type, time_limit: float) -> tuple[Link, Frame]:
 
 
 def status(path: str, *, time_limit: float = TIME_LIMIT) -> dict[str, Any]:
-    """What the owner says of itself: REPORT in docs/protocol.md. Raises NotRunning, TimedOut, other TakeoverErrors."""
+    """What the owner says of itself: REPORT in docs/protocol.md. Raises NotRunning, TimedOut, other TakeoverErrors.
+
+    An owner in another pid namespace: `pid` is its pid as seen here, and `pid_there` what it says; where it cannot be
+    seen from here, `pid` is what it says, and `elsewhere` is true.
+    """
     link, answer = _ask(path, Type.STATUS, time_limit)
+    seen, told = link.peer.pid, link.told
+    as_seen = bool(seen) and seen != told and is_process(seen, link.peer.pidfd, told)
     link.close()
     if answer.type is not Type.REPORT:
-        raise RemoteProtocolError(f"pid {link.peer.pid} answered STATUS with {answer.type.name}")
-    return dict(answer.body)
+        raise RemoteProtocolError(f"{link.name} answered STATUS with {answer.type.name}")
+    report = dict(answer.body)
+    if as_seen:
+        report.update(pid=seen, pid_there=told)
+    elif not seen:
+        report["elsewhere"] = True
+    return report
 
 
 def stop(path: str, *, time_limit: float | None = None) -> int:
-    """Asks the owner to stop, waits until it has ended, and returns its pid. By default its drain time and 5 s more.
+    """Asks the owner to stop, waits until it has ended, and returns its pid, 0 where that is in another namespace.
+
+    The time limit is its drain time and 5 s more, by default.
 
     One that is just being taken over refuses; it is asked again for a while. Where only a keeper is left, ends that.
     Raises NotRunning, TimedOut or other TakeoverErrors.
@@ -114,14 +129,14 @@ def stop(path: str, *, time_limit: float | None = None) -> int:
         if answer.type is Type.REFUSE:
             raise Refused(answer.body["reason"], answer.body["code"])
         if answer.type is not Type.STOPPING:
-            raise RemoteProtocolError(f"pid {link.peer.pid} answered STOP with {answer.type.name}")
+            raise RemoteProtocolError(f"{link.name} answered STOP with {answer.type.name}")
         limit = answer.body["deadline"] + TIME_LIMIT if time_limit is None else time_limit
         deadline = time.monotonic() + limit
         try:
             while _next(link, deadline) is not None:
                 pass
         except TimedOut:
-            raise TimedOut(f"pid {link.peer.pid} has not ended within {limit:g} s") from None
+            raise TimedOut(f"{link.name} has not ended within {limit:g} s") from None
         return link.peer.pid
     finally:
         link.close()

@@ -9,7 +9,8 @@ class Report(NamedTuple):
     """What became of the listeners: `adopted` from the incumbent, `bound` anew, `unused` by this version; by name.
 
     `incumbent` is the pid that was taken over from (0 at a cold start), `milliseconds` run from READY to the commit.
-    `from_keeper`: a cold start found a keeper, and adopted from that; what is unused there is closed.
+    `elsewhere`: the incumbent is in another pid namespace, and its pid what it says of itself. `from_keeper`: a cold
+    start found a keeper, and adopted from that; what is unused there is closed.
     """
 
     generation: int
@@ -19,3 +20,4 @@ class Report(NamedTuple):
     unused: tuple[str, ...]
     milliseconds: float
     from_keeper: bool = False
+    elsewhere: bool = False

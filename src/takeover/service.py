@@ -26,6 +26,7 @@ from .exchange import logger
 from .holdings import Holdings
 from .hosted import Server, Settings
 from .link import Link
+from .namespaces import in_words
 from .protocol import Limits, Local
 from .report import Report
 from .successor import Inherited, Successor
@@ -85,10 +86,7 @@ class Service:
 
     @property
     def keeper(self) -> int:
-        """The pid of the keeper that this process has registered with last; 0 for none (docs/keeper.md).
-
-        It may be a child of this process, where that is PID 1 or a subreaper, and is to outlive it.
-        """
+        """The pid of the keeper that has been registered with last, 0 for none: a child of PID 1, or of a subreaper."""
         return self._controller.keeping.pid
 
     @property
@@ -171,7 +169,8 @@ class Service:
             self._controller.keeping.own()
         self._is_ready = True
         milliseconds = (time.monotonic() - began) * 1000
-        return Report(self.generation, incumbent, adopted, bound, unused, milliseconds, self._from_keeper)
+        elsewhere = successor is not None and successor.elsewhere
+        return Report(self.generation, incumbent, adopted, bound, unused, milliseconds, self._from_keeper, elsewhere)
 
     def _commit(self, successor: Successor, *names: tuple[str, ...]) -> None:
         def warm() -> None:
@@ -338,7 +337,7 @@ class Service:
         if found:
             self._from_keeper = True
             self._inherit(found)
-            logger.info("the keeper (pid %d) holds %d listeners of a process that is gone", pid, len(found))
+            logger.info("the keeper (%s) holds %d listeners of a process that is gone", in_words(pid), len(found))
 
     def _meet(self, link: Link) -> None:
         """Asks whoever listens at the path. Nobody but the original script does so without holding the lock."""

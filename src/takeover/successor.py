@@ -15,6 +15,7 @@ from .descriptors import expect, expect_listener, limit_and_held
 from .errors import Aborted, LocalError, PeerLost, Refused, RemoteProtocolError, TakeoverError, TimedOut
 from .exchange import Exchange, logger, read_token
 from .link import Link, close_all
+from .namespaces import in_words, is_process, mapping_hint
 from .protocol import COMMIT_BYTE, SETTLE_BYTE, SUCCESSOR, Do, Event, Local, State
 from .wire import VERSIONS, Body, Frame, Type
 
@@ -74,6 +75,7 @@ class Successor(Exchange):
         self.elder = Elder(link.peer.pid, 0, 0)
         self.ready: Body = {"adopted": [], "bound": [], "unused": []}
         self._channels = 0
+        self._is_peer = False
         self._version = VERSIONS[0]
         self._left = -1
         self._token = -1
@@ -83,13 +85,23 @@ class Successor(Exchange):
         """Watches over an older process whose link came along with the service."""
         self = cls(link, joiner)
         self.elder = elder
+        self._is_peer = link.peer.pid in (0, elder.pid)
         self.machine.state = State.OWNER
         return self
 
     @property
     def knows_peer(self) -> bool:
         """HELLO tells: the kernel names who called listen() last (unix(7)), maybe a successor undone and dead."""
-        return self.state is not State.GREETING and self.link.peer.pid in (0, self.elder.pid)
+        return self._is_peer
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the older process is in a pid namespace that this one cannot look into."""
+        return not self.link.peer.pid
+
+    @property
+    def _elder_name(self) -> str:
+        return in_words(0 if self.elsewhere else self.elder.pid, self.elder.pid)
 
     def owned(self) -> list[int]:
         return [self._token, *(kept.descriptor for kept in self.inherited)]
@@ -98,22 +110,26 @@ class Successor(Exchange):
         if frame.type is Type.HELLO:
             return self._greeted(frame.body)
         if frame.type is Type.REFUSE:
-            self.error = Refused(f"pid {self.elder.pid} refused: {frame.body['reason']}", frame.body["code"])
+            self.error = Refused(f"{self._elder_name} refused: {frame.body['reason']}", frame.body["code"])
         elif frame.type in (Type.ABORT, Type.UNDO):
             self.reason = frame.body["reason"]
         return frame.type
 
     def _greeted(self, hello: Body) -> Event:
         peer = self.link.peer
-        self.elder = Elder(hello["pid"], hello["generation"], 0)
+        self.link.told = hello["pid"]
+        seen = bool(peer.pid) and is_process(peer.pid, peer.pidfd, hello["pid"])
+        self._is_peer = seen or not peer.pid
+        self.elder = Elder(peer.pid if seen else hello["pid"], hello["generation"], 0)
         common = set(VERSIONS) & set(hello["versions"])
         if peer.uid not in self.joiner.control.allowed:
             self.error = LocalError(
-                f"pid {peer.pid} at {self.joiner.control.path} belongs to uid {peer.uid}, not to us"
+                f"{self.link.name} at {self.joiner.control.path} belongs to uid {peer.uid}, not to us"
+                f"{mapping_hint(peer.uid)}"
             )
         elif not common:
             self.error = RemoteProtocolError(
-                f"pid {hello['pid']} (takeover {hello['build']}) speaks protocol {hello['versions']}, "
+                f"{self._elder_name} (takeover {hello['build']}) speaks protocol {hello['versions']}, "
                 f"this one {list(VERSIONS)}: upgrade in between, or stop it first"
             )
         else:
@@ -194,7 +210,7 @@ class Successor(Exchange):
         try:
             ours, theirs = open_channel()
         except OSError as error:
-            logger.warning("no channel to pid %d: %s; its connections drain there", self.elder.pid, error.strerror)
+            logger.warning("no channel to %s: %s; its connections drain there", self._elder_name, error.strerror)
             return
         room = room_for_connections()
         wish = {"room": room, "pid": os.getpid(), "generation": self.joiner.generation}
@@ -286,12 +302,12 @@ class Successor(Exchange):
             logger.error("the takeover was undone: %s", error)
 
     def _explain(self, before: State) -> TakeoverError:
-        pid = self.elder.pid
+        name = self._elder_name
         if self.cause in (Local.SILENT, Local.OVERTIME):
-            return TimedOut(f"{self.reason} (pid {pid}); is it stopped?")
+            return TimedOut(f"{self.reason} ({name}); is it stopped?")
         if self.cause is Local.LOST and before in (State.GREETING, State.JOINING):
-            return PeerLost(f"{self.reason} (pid {pid})")
-        return Aborted(f"pid {pid} serves on: {self.reason or 'it took the service back'}")
+            return PeerLost(f"{self.reason} ({name})")
+        return Aborted(f"{name} serves on: {self.reason or 'it took the service back'}")
 
     def _pass_blobs(self) -> None:
         self.joiner.blobs.expect()

@@ -35,7 +35,7 @@ def find(control: str) -> list[int]:
     """The processes of commands at this control path whose supervisor has ended."""
     found = []
     for process in all_processes():
-        if process.has_ended or process.pid == os.getpid():
+        if process.has_ended or process.pid == os.getpid() or not _in_our_pid_namespace(process.pid):
             continue
         pid, _, rest = environment(process.pid).get(MARK, "").partition(" ")
         started, _, path = rest.partition(" ")
@@ -44,6 +44,14 @@ def find(control: str) -> list[int]:
             if supervisor is None or supervisor.has_ended or supervisor.started != int(started):
                 found.append(process.pid)
     return found
+
+
+def _in_our_pid_namespace(pid: int) -> bool:
+    """Elsewhere, a container's for instance, the pid of a supervisor would be that of another process here."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/pid").st_ino == os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return False
 
 
 def clear_away(control: str, urls: Sequence[str]) -> None:
