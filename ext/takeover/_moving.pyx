@@ -2,7 +2,7 @@
 """The part of the loop that connections move through: what takeover.connections.Connections specifies."""
 
 from takeover._giving cimport export_batch, forgo_batch, put_back_batch, relinquish_batch
-from takeover._taking cimport adopt_batch, close_batch, drop_batch, start_batch
+from takeover._taking cimport adopt_batch, drop_batch, start_batch
 
 
 cdef class Mover:
@@ -31,13 +31,8 @@ cdef class Mover:
 
     def adopt_connections(self, records, descriptors, generation):
         """Take in connections that another process has exported, held: a list of [index, reason] of those closed."""
-        cdef const unsigned char[::1] view
-        try:
-            self.check_open()
-            view = records
-        except BaseException:
-            close_batch(descriptors)
-            raise
+        cdef const unsigned char[::1] view = records
+        self.check_open()
         return adopt_batch(self.core, self.schedule, <const char *>&view[0] if len(view) else NULL, len(view),
                            descriptors, generation)
 

@@ -9,4 +9,3 @@ cdef list adopt_batch(Core *core, object schedule, const char *records, size_t s
                       object generation)
 cdef int start_batch(Core *core, array.array descriptors, object skip, dict tails) except -1
 cdef int drop_batch(Core *core, array.array descriptors, object skip) except -1
-cdef int close_batch(array.array descriptors) except -1

@@ -151,7 +151,7 @@ cdef list adopt_batch(Core *core, object schedule, const char *records, size_t s
                       object generation):
     """Takes every descriptor: those refused are closed here. Returns [[index, reason], …] of those.
 
-    Whatever it raises, RemoteProtocolError where the records are garbled, it has closed all of them and knows none.
+    Whatever it raises, RemoteProtocolError where the records are garbled, it has taken and closed none of them.
     """
     cdef uint8_t[MOST] answers
     cdef int *fds = descriptors.data.as_ints
@@ -167,7 +167,6 @@ cdef list adopt_batch(Core *core, object schedule, const char *records, size_t s
             index -= 1
             if answers[index] == FINE:
                 forget_connection(core, place(core, fds[index]))
-        close_batch(descriptors)
         raise
     for index in range(count):
         if answers[index]:
@@ -223,15 +222,6 @@ cdef int adopt_all(Core *core, object schedule, const char *records, size_t size
             answers[index[0]] = <uint8_t>adopt_protocol(core, schedule, fds[index[0]], &record, home, moved)
             at += length
             index[0] += 1
-    return 0
-
-
-cdef int close_batch(array.array descriptors) except -1:
-    """Closes them all; the loop knows none of them."""
-    cdef int *fds = descriptors.data.as_ints
-    cdef int index
-    for index in range(<int>len(descriptors)):
-        close(fds[index])
     return 0
 
 

@@ -274,7 +274,6 @@ class Mover(Connections):
             for fd in descriptors:
                 if fd in self.transports:
                     self.transports[fd].part()
-                os.close(fd)
             raise
         return refused
 

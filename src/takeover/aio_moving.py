@@ -257,7 +257,6 @@ class Mover(Connections):
             for descriptor in descriptors:
                 if descriptor in self._arrivals:
                     let_go(self._arrivals.pop(descriptor).socket)
-                os.close(descriptor)
             raise
         return refused
 

@@ -61,9 +61,9 @@ class Connections:
     def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
         """Take in connections that a process of that generation has exported, without reading or writing yet.
 
-        The descriptors are the loop's from here on. Returns those that it closed again: a list of [index, reason].
+        The descriptors are the loop's when it returns; those that it has closed again are a list of [index, reason].
         Whatever it raises, RemoteProtocolError for garbled records or what a handler has raised to end the program, it
-        has closed all of them before.
+        has taken and closed none of them.
         """
         raise NotImplementedError
 

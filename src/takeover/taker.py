@@ -99,9 +99,9 @@ class Taker(End):
             body = self._body(self.frame, len(descriptors), size)
             self._refused = [[index, "memory"] for index in range(len(descriptors))]
             if body is not None:
-                del self.frame.descriptors[: len(descriptors)]
                 self._refused = self.connections.adopt_connections(body, descriptors, self.channel.generation)
                 taken_in = True
+                del self.frame.descriptors[: len(descriptors)]
             close_all(self.frame.descriptors)
             del self.frame.descriptors[:]
             skip = frozenset(index for index, _ in self._refused)
