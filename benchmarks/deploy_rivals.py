@@ -149,7 +149,8 @@ class Alone(Server):
         old = workers(master)
         os.kill(master, signal.SIGHUP)
         wait_until(lambda: not any(map(is_alive, old)), f"{self.name}: the old workers to end", 90)
-        wait_until(lambda: len(workers(master)) >= len(old), f"{self.name}: new workers")
+        count = int(self.kind.workers.partition("--workers ")[2] or 1)
+        wait_until(lambda: len(workers(master) - old) >= count and self.answers(), f"{self.name}: new workers")
 
 
 class UsrTwo(Alone):
