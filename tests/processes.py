@@ -262,6 +262,7 @@ class Room:
             each.close()
         for program in self.programs:
             program.end()
+            print(f"--- pid {program.pid} said:\n{program.text}")  # which pytest shows for a test that has failed
         shutil.rmtree(self.folder, ignore_errors=True)
         if kind is None and not self.tracebacks_allowed:
             for program in self.programs:
