@@ -8,6 +8,7 @@ import errno
 import gc
 import os
 import socket
+import sys
 from array import array
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -304,6 +305,10 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
+survivable = pytest.mark.skipif(sys.version_info >= (3, 12), reason="this interpreter itself does not survive it")
+
+
+@survivable
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("handler", [Troubled, "echo"], ids=["protocol", "native"])
 def test_whichever_allocation_fails_no_connection_is_half_adopted(
@@ -334,6 +339,7 @@ class Nothing(list[Any]):
         pass
 
 
+@survivable
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_on_other_loops_too_no_connection_is_half_adopted(loop: str, offers: Callable[..., Offer]) -> None:
