@@ -287,12 +287,17 @@ def render(report: dict[str, Any]) -> Table:
 @cli_options.control
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.option("--watch", is_flag=True, help="Go on showing it, each second, until interrupted.")
+@click.option(
+    "--here", is_flag=True, help="Exit with 3 unless it serves in this container: a process of this pid namespace."
+)
 @reports_errors
-def status(control: str, as_json: bool, watch: bool) -> None:
+def status(control: str, as_json: bool, watch: bool, here: bool) -> None:
     """Show who serves: pid, generation, state, listeners, connections, the last takeover."""
     console = Console()
     if not watch:
         report = query.status(control)
+        if here:
+            query.expect_here(report)
         click.echo(json.dumps(report, indent=2)) if as_json else console.print(render(report))
     elif as_json:
         while True:

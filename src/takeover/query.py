@@ -102,6 +102,14 @@ def status(path: str, *, time_limit: float = TIME_LIMIT) -> dict[str, Any]:
     return report
 
 
+def expect_here(report: dict[str, Any]) -> None:
+    """Raises NotRunning unless the owner that a status tells of is settled, and in our own pid namespace."""
+    if report.get("elsewhere") or "pid_there" in report:
+        raise NotRunning("it serves, but in another pid namespace")
+    if report["state"] != "serving":
+        raise NotRunning(f"pid {report['pid']} is {report['state']}")
+
+
 def stop(path: str, *, time_limit: float | None = None) -> int:
     """Asks the owner to stop, waits until it has ended, and returns its pid, 0 where that is in another namespace.
 
