@@ -204,6 +204,27 @@ def test_a_server_that_cuts_everything_at_the_signal_is_drained_first(
     assert program.lines.count("closed") == 2
 
 
+def test_idle_connections_that_are_to_be_spared_stay_until_they_leave(
+    start: Callable[..., Program], listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quieting, "PATIENCE", 0.1)
+    looks: list[float] = []
+    monkeypatch.setattr(conversations, "of", lambda *where, of=conversations.of: (looks.append(0), of(*where))[1])
+    program = start(cuts=True)
+    stopping = threading.Thread(
+        target=stop_quietly, args=(program, listener), kwargs={"drain": LIMIT, "spare_idle": True}
+    )
+    with connect(listener) as idle:
+        idle.sendall(b"hello\n")
+        assert receive_exactly(idle, 6) == b"hello\n"
+        stopping.start()
+        eventually(lambda: len(looks) > 3, "the idle connection was looked at")
+        idle.sendall(b"still here\n")
+        assert receive_exactly(idle, 11) == b"still here\n"
+    stopping.join(LIMIT)
+    assert program.wait() == 0
+
+
 def test_a_conversation_tells_who_waits_for_an_answer(listener: socket.socket) -> None:
     def look() -> conversations.Conversation:
         (found,) = conversations.of(conversations.holders([os.getpid()]), [listener])

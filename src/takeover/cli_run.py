@@ -88,6 +88,14 @@ from .run.options import Options, parse_listen, parse_signal
     help="For a command that cuts off its connections at the stop signal: send it when none is left, or after as many "
     "seconds. Idle ones are ended from outside.",
 )
+@click.option(
+    "--spare-idle",
+    is_flag=True,
+    envvar="TAKEOVER_SPARE_IDLE",
+    show_envvar=True,
+    help="With --drain-first: leave idle connections alone, websockets for one; they stay with the old command until "
+    "they leave.",
+)
 @cli_options.probation
 @click.option(
     "--service",

@@ -298,7 +298,9 @@ class Crew:
         drain = (options.stop_timeout if timeout is None else timeout) if options.drain_first else 0.0
         listeners = [listener.sock for listener in self.plan.listeners]
         if self.trees:
-            self._quieting = Quieting(self.events, self._all_pids, listeners, ask, drain=drain)
+            self._quieting = Quieting(
+                self.events, self._all_pids, listeners, ask, drain=drain, spare_idle=options.spare_idle
+            )
         self._look_whether_gone()
 
     def _all_pids(self) -> list[int]:

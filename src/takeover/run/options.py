@@ -34,6 +34,7 @@ class Options(NamedTuple):
     stop_signal: int = int(signal.SIGTERM)
     stop_timeout: float = 30.0
     drain_first: bool = False
+    spare_idle: bool = False
     probation: float = 1.0
     max_generations: int = 8
     dry_run: bool = False

@@ -15,7 +15,8 @@ between two, where they may close it. A few servers finish nothing and cut off e
    shutdown() on a copy of the connection, so that client and server read an end of file. A request that was on its way
    is answered by the kernel with a reset, as where a server closes an idle connection (RFC 9112, section 9.5): nobody
    has read it, and the client may send it again. An answer is taken for complete when nothing more of it has come for
-   a while, which gets shorter towards the end.
+   a while, which gets shorter towards the end. With `spare_idle` nobody is ended: websockets and the like stay with the
+   old command until they leave.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ PATIENCE = 1.0
 
 PAUSE = 0.005
 """Seconds between two looks; more where a look takes long, so that looking takes a quarter of a CPU at most."""
+
+LONG_PAUSE = 0.25
+"""The same while nothing is done but to wait until clients leave, which may take hours."""
 
 HUSHED_FOR = 0.1
 """Seconds after which the epoll sets are looked at again."""
@@ -60,11 +64,13 @@ class Quieting:
         on_quiet: Callable[[], object],
         *,
         drain: float = 0.0,
+        spare_idle: bool = False,
     ) -> None:
         """pids: the processes of the old command at this moment. drain: seconds for step 4; 0 leaves it out."""
         self._events, self._pids, self._listeners, self._on_quiet = events, pids, listeners, on_quiet
         self._began = time.monotonic()
         self._drain = drain
+        self._spare_idle = spare_idle
         self._awake: set[tuple[int, int]] = set()
         self._pids_hushed: set[int] = set()
         self._timer: Timer | None = None
@@ -104,7 +110,8 @@ class Quieting:
             logger.debug("not waiting for what was accepted: %s", error)
             self._on_quiet()
             return
-        pause = max(PAUSE, 3 * (time.monotonic() - began))
+        waits = self._spare_idle and began - self._began > PATIENCE
+        pause = max(LONG_PAUSE if waits else PAUSE, 3 * (time.monotonic() - began))
         self._timer = self._events.call_later(pause, self._look)
 
     def _is_quiet(self, waited: float) -> bool:
@@ -125,7 +132,11 @@ class Quieting:
             if left:
                 logger.info("%d connections are left after %.0f s: the stop signal ends them", len(left), waited)
             return True
-        spent = waited / self._drain
+        if not self._spare_idle:
+            self._end_idle(left, waited / self._drain)
+        return False
+
+    def _end_idle(self, left: Iterable[conversations.Conversation], spent: float) -> None:
         for each in left:
             if each.is_idle:
                 rest = REST * max(0.0, 1 - spent / RESTLESS) ** 2
@@ -135,7 +146,6 @@ class Quieting:
                 continue
             if each.since_sent >= rest * 1000 and each.inode not in self._ended:
                 self._end(each)
-        return False
 
     def _end(self, idle: conversations.Conversation) -> None:
         try:
