@@ -364,6 +364,17 @@ def stop(program: Program) -> None:
     eventually(lambda: not program.running or state_of(program.pid) == "T", "the process is stopped")
 
 
+def stopping(programs: Sequence[Program], which: int) -> Callable[[], bool]:
+    """For a boundary: stops the program that is, or is about to be, in this place of the list."""
+
+    def act() -> bool:
+        eventually(lambda: len(programs) > which, "the program is started")
+        stop(programs[which])
+        return False
+
+    return act
+
+
 def state_of(pid: int) -> str:
     """The letter of proc_pid_stat(5)."""
     return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -15,14 +15,15 @@ import pytest
 import takeover
 from clients import Talker, eventually
 from conftest import CYTHON_IS_BUILT
-from processes import FAST, PROGRAMS, Boundaries, Program, Room, stop
+from processes import FAST, PROGRAMS, Boundaries, Program, Room, stopping
 
 BUILD = """
 import sys
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-modules = cythonize([Extension("counting", ["counting.pyx"])], include_path=[sys.argv.pop()], quiet=True)
+module = Extension("counting", ["counting.pyx"], extra_compile_args=["-O0"])
+modules = cythonize([module], include_path=[sys.argv.pop()], quiet=True)
 setup(name="counting", ext_modules=modules, script_args=["-q", "build_ext", "--inplace"])
 """
 
@@ -121,11 +122,7 @@ def test_what_it_has_adopted_and_gives_back_it_frees(counting: Counting) -> None
     """The successor is stopped before it can answer; the incumbent takes back, and moves all when it goes on."""
     programs: list[Program] = []
 
-    def act() -> bool:
-        stop(programs[1])
-        return False
-
-    boundaries = Boundaries({"taker before ADOPTED": act})
+    boundaries = Boundaries({"taker before ADOPTED": stopping(programs, 1)})
     try:
         programs.append(counting.start())
         counting.come(100)

@@ -6,7 +6,7 @@ import socket
 
 from aio_rooms import Aio, Client
 from clients import Talker, eventually
-from processes import FAST, Boundaries, Program, Room, stop
+from processes import FAST, Boundaries, Program, Room, stopping
 
 
 def test_an_end_of_file_that_was_told_is_not_told_again_where_the_connection_has_moved_to(aio: Aio) -> None:
@@ -109,11 +109,7 @@ def test_on_the_native_loop_too_it_is_not_told_again_where_the_connection_was_ta
     old, talker = half_closed(room)
     programs: list[Program] = []
 
-    def act() -> bool:
-        stop(programs[0])
-        return False
-
-    boundaries = Boundaries({"taker before ADOPTED": act})
+    boundaries = Boundaries({"taker before ADOPTED": stopping(programs, 0)})
     try:
         programs.append(room.protocols({"boundaries": boundaries.name}))
         old.wait_for("moved 0 connections")

@@ -48,7 +48,7 @@ class Stage:
 
     def stop(self, name: str) -> Callable[[], bool]:
         def act() -> bool:
-            stop(self.programs[name])
+            stop(eventually(lambda: self.programs.get(name), "the program is started"))
             return False
 
         return act

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from clients import Talker, eventually
-from processes import FAST, Boundaries, Program, Room, stop
+from processes import FAST, Boundaries, Program, Room, stopping
 
 STEPS = pytest.mark.parametrize("step", ["giver at ADOPTED", "giver after RELINQUISH", "giver before RELEASED"])
 
@@ -59,11 +59,7 @@ def test_what_is_written_on_the_way_comes_once_where_the_process_that_wrote_it_w
 ) -> None:
     programs: list[Program] = []
 
-    def act() -> bool:
-        stop(programs[0])
-        return False
-
-    boundaries = Boundaries({step: act})
+    boundaries = Boundaries({step: stopping(programs, 0)})
     try:
         old, talkers = begin(room, boundaries, "write 1000")
         programs.append(old)
@@ -83,11 +79,7 @@ def test_what_is_written_too_late_is_not_mixed_into_what_the_next_process_writes
     """The incumbent is stopped before its handlers write: when it goes on, the connections are the successor's."""
     programs: list[Program] = []
 
-    def act() -> bool:
-        stop(programs[0])
-        return False
-
-    boundaries = Boundaries({"giver after CONNECTIONS": act})
+    boundaries = Boundaries({"giver after CONNECTIONS": stopping(programs, 0)})
     try:
         old, talkers = begin(room, boundaries, "write 1000")
         programs.append(old)
@@ -105,11 +97,7 @@ def test_what_was_written_and_taken_back_is_not_written_again(room: Room) -> Non
     """The successor is stopped, the incumbent takes back, writes on, and gives again along a second channel."""
     programs: list[Program] = []
 
-    def act() -> bool:
-        stop(programs[1])
-        return False
-
-    boundaries = Boundaries({"taker before ADOPTED": act})
+    boundaries = Boundaries({"taker before ADOPTED": stopping(programs, 1)})
     try:
         old, talkers = begin(room, boundaries, "write 1000")
         new = room.protocols({"limits": FAST, "boundaries": boundaries.name})

@@ -43,6 +43,7 @@ def play(backend: str, step: str, victim: int, action: str, delay: float, pause:
         failed = threading.Event()
 
         def fail() -> None:
+            eventually(lambda: len(programs) > victim, "the program is started")
             if action == "kill":
                 programs[victim].signal(signal.SIGKILL)
                 programs[victim].process.wait()
