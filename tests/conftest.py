@@ -15,9 +15,11 @@ from processes import Room
 
 BACKENDS = ("cython", "python")
 
+# A shell starts what runs in its background so, and nohup(1) everything; each process of the tests would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell starts what runs in its background so, and every process of the tests would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # With it a process of the tests would write a line's text and its end apart, and a log line may come in between.
 os.environ.pop("PYTHONUNBUFFERED", None)
