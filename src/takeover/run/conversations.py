@@ -10,10 +10,12 @@ Requests and answers are those of include/uapi/linux/{netlink,sock_diag,inet_dia
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+import termios
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypedDict
 
 from takeover.listeners import SO_ATTACH_FILTER
 
@@ -109,16 +111,14 @@ def of(holders: Holders, listeners: Sequence[socket.socket]) -> list[Conversatio
     for family, port in addresses:
         for state, unread, unsent, inode, info in _dump(family, port):
             if inode in holders and len(info) >= _SHORTEST_INFO:
-                since_sent, _, since_received, since_heard = struct.unpack_from("=IIII", info, 44)
-                received, sent = struct.unpack_from("=II", info, 152)
-                counted = (unread, unsent, received, sent)
-                times = (since_received, since_sent, since_heard)
-                found.append(Conversation(*holders[inode], inode, *counted, *times, state == TCP_CLOSE_WAIT))
+                done = state == TCP_CLOSE_WAIT
+                pid, descriptor = holders[inode]
+                found.append(Conversation(pid, descriptor, inode, unread, unsent, client_is_done=done, **_told(info)))
     return found
 
 
-def end(sock: socket.socket, idle: Conversation) -> bool:
-    """Shuts a connection down, of which this is a copy, if nothing has come or gone since it was looked at.
+def end(sock: socket.socket, seen: Conversation, is_due: Callable[[Conversation], bool]) -> bool:
+    """Shuts a connection down, of which this is a copy, if it is due as it is now; `seen` is how it was before.
 
     Meanwhile a filter of our own on the socket (socket(7), SO_ATTACH_FILTER) drops what comes, so that no request can
     slip in between the look and the shutdown; its sender sends it again. Raises OSError.
@@ -126,13 +126,37 @@ def end(sock: socket.socket, idle: Conversation) -> bool:
     instruction = ctypes.create_string_buffer(struct.pack("HBBI", *_DROP))
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(instruction)))
     try:
+        unread, unsent = (_count(sock, request) for request in (termios.FIONREAD, termios.TIOCOUTQ))
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SHORTEST_INFO)
-        if struct.unpack_from("=II", info, 152) != (idle.received, idle.sent):
+        if not is_due(seen._replace(unread=unread, unsent=unsent, **_told(info))):
             return False
         sock.shutdown(socket.SHUT_RDWR)
         return True
     finally:
         sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+
+
+def _count(sock: socket.socket, request: int) -> int:
+    """Bytes in a queue of a socket: SIOCINQ and SIOCOUTQ of tcp(7), by the numbers that they share."""
+    return int(struct.unpack("=i", fcntl.ioctl(sock.fileno(), request, bytes(4)))[0])
+
+
+class _Told(TypedDict):
+    """The fields of a Conversation that are in struct tcp_info."""
+
+    received: int
+    sent: int
+    since_received: int
+    since_sent: int
+    since_heard: int
+
+
+def _told(info: bytes) -> _Told:
+    since_sent, _, since_received, since_heard = struct.unpack_from("=IIII", info, 44)
+    received, sent = struct.unpack_from("=II", info, 152)
+    return _Told(
+        received=received, sent=sent, since_received=since_received, since_sent=since_sent, since_heard=since_heard
+    )
 
 
 _INTERNET = (socket.AF_INET, socket.AF_INET6)

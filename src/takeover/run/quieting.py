@@ -44,10 +44,13 @@ HUSHED_FOR = 0.1
 """Seconds after which the epoll sets are looked at again."""
 
 REST = 0.1
-"""Seconds without a byte after which an answer is taken for complete, when the drain begins."""
+"""Seconds without a byte after which an answer is taken for complete, when the drain begins.
 
-RESTLESS = 0.7
-"""The part of the drain after which that has come down to nothing: what is left will be cut off at its end anyway."""
+Less and less as it goes on, and nothing at its end, where what is left is cut off anyway.
+"""
+
+LATE = 0.97
+"""The part of the drain up to which a server whose event loop is at work is not taken to have answered."""
 
 LONG_REST = 0.5
 """The same where it is not certain that the last data was an answer; in the second half of the drain only."""
@@ -72,6 +75,7 @@ class Quieting:
         self._drain = drain
         self._spare_idle = spare_idle
         self._awake: set[tuple[int, int]] = set()
+        self._epolls: set[tuple[int, int]] = set()
         self._pids_hushed: set[int] = set()
         self._timer: Timer | None = None
         self._hush_again = 0.0
@@ -96,6 +100,7 @@ class Quieting:
         self._hush_again = now + HUSHED_FOR
         for entry in hush.hush(self._pids(), self._listeners):
             self._awake.add((entry.pid, entry.epoll))
+            self._epolls.add((entry.pid, entry.epoll))
             self._pids_hushed.add(entry.pid)
 
     def _look(self) -> None:
@@ -133,25 +138,28 @@ class Quieting:
                 logger.info("%d connections are left after %.0f s: the stop signal ends them", len(left), waited)
             return True
         if not self._spare_idle:
-            self._end_idle(left, waited / self._drain)
+            for each in left:
+                if each.inode not in self._ended and self._is_due(each):
+                    self._end(each)
         return False
 
-    def _end_idle(self, left: Iterable[conversations.Conversation], spent: float) -> None:
-        for each in left:
-            if each.is_idle:
-                rest = REST * max(0.0, 1 - spent / RESTLESS) ** 2
-            elif each.may_be_idle and spent > 0.5:
-                rest = LONG_REST
-            else:
-                continue
-            if each.since_sent >= rest * 1000 and each.inode not in self._ended:
-                self._end(each)
+    def _is_due(self, each: conversations.Conversation) -> bool:
+        """Whether it has been idle for so long that it may be ended."""
+        spent = (time.monotonic() - self._began) / self._drain
+        if each.is_idle:
+            rested = each.since_sent >= 1000 * REST * max(0.0, 1 - spent) ** 2
+            return rested and (each.since_sent >= 1000 * REST or spent > LATE or self._sleeps(each.pid))
+        return each.may_be_idle and spent > 0.5 and each.since_sent >= 1000 * LONG_REST
+
+    def _sleeps(self, pid: int) -> bool:
+        """Whether an event loop of the process has nothing to do, and so no more of an answer to send."""
+        return any(waiting.sleeps_on(pid, epoll) for holder, epoll in self._epolls if holder == pid)
 
     def _end(self, idle: conversations.Conversation) -> None:
         try:
             with socket.socket(fileno=hush.fetch(idle.pid, idle.descriptor)) as sock:
-                # The number may be another connection's by now, and there may be another request.
-                if os.fstat(sock.fileno()).st_ino == idle.inode and conversations.end(sock, idle):
+                # The number may be another connection's by now.
+                if os.fstat(sock.fileno()).st_ino == idle.inode and conversations.end(sock, idle, self._is_due):
                     self._ended.add(idle.inode)
         except OSError as error:
             logger.debug("an idle connection of pid %d was not ended: %s", idle.pid, error.strerror)
