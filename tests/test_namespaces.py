@@ -98,13 +98,17 @@ def test_a_successor_that_cannot_see_the_incumbent_takes_over_from_it(room: Room
 def test_takeovers_between_two_containers_and_back_leave_no_descriptor(room: Room, contained: Contained) -> None:
     generations = [contained(*PID)]
     wait_for_generation(room, 1, generations[0])
-    pounder = room.pound()
     held = []
     for number in range(2, 6):
+        pounder = room.pound()
+        pounder.goes_on()
         generations.append(contained(*PID))
         wait_for_generation(room, number, generations[-1])
         assert generations[-2].wait() == 0
         pounder.goes_on()
+        pounder.stop()
+        assert pounder.lost == []
+        eventually(lambda: room.status(LIMIT)["connections"]["open"] == 0, "the clients are gone")
         owner = room.status(LIMIT)["pid"]
         held.append(eventually(lambda owner=owner: descriptors_at_rest(owner), "the owner is at rest"))
     assert held[0] == held[-1]
@@ -112,9 +116,7 @@ def test_takeovers_between_two_containers_and_back_leave_no_descriptor(room: Roo
     last = room.echo()
     wait_for_generation(room, 6, last)
     assert generations[-1].wait() == 0
-    pounder.goes_on()
-    pounder.stop()
-    assert pounder.lost == []
+    room.round_trip()
 
 
 @in_pid_namespaces
