@@ -94,6 +94,11 @@ class Events:
         self._posted.append(callback)
         self._wake()
 
+    @property
+    def waker(self) -> int:
+        """A descriptor that wakes the loop when it is written to: signal.set_wakeup_fd() wants one."""
+        return self._waker
+
     def stop(self) -> None:
         """run() returns when what is going on has returned."""
         self._stopped = True

@@ -101,6 +101,8 @@ class Supervisor(Server):
             executable_of(self.options.command[0])
         process.become_subreaper()
         self._joining = True
+        # The kernel may give a signal to the control thread, signal(7): its handler would wait until this one wakes up.
+        signal.set_wakeup_fd(self.events.waker, warn_on_full_buffer=False)
         for signum in (*STOPPING, *PASSED_ON, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(signum, self._on_signal)
         options = self.options
@@ -131,6 +133,7 @@ class Supervisor(Server):
             for signum in (*STOPPING, *PASSED_ON, signal.SIGHUP):
                 signal.signal(signum, signal.SIG_IGN)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
             self.events.close()
         if self._failure is not None:
             raise self._failure
