@@ -54,9 +54,7 @@ class Options(NamedTuple):
             listen = tuple(Wish(*wish) for wish in found.pop("listen"))
             return cls(listen=listen, command=tuple(found.pop("command")), **found)
         except (ValueError, TypeError, AttributeError, KeyError):
-            raise UsageError(
-                "takeover.run is started by the command `takeover run`, with its options as JSON"
-            ) from None
+            raise UsageError(NOT_BY_HAND) from None
 
 
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)\Z", re.DOTALL)

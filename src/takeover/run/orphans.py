@@ -14,23 +14,15 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
-from .proc import environment
+from .proc import all_processes, belongs_to
 
 
 def parents() -> dict[int, tuple[int, int]]:
     """The parent and the process group of each process that lives, from proc_pid_stat(5); none without a /proc."""
-    found: dict[int, tuple[int, int]] = {}
     try:
-        entries = os.listdir("/proc")
+        return {each.pid: (each.parent, each.group) for each in all_processes() if not each.has_ended}
     except OSError:
-        return found
-    for entry in entries:
-        if entry.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
-                state, parent, group = file.read().rpartition(b")")[2].split()[:3]
-                if state not in (b"Z", b"X"):
-                    found[int(entry)] = (int(parent), int(group))
-    return found
+        return {}
 
 
 def descendants(roots: Iterable[int], known: Mapping[int, tuple[int, int]]) -> list[int]:
@@ -55,15 +47,11 @@ def tree(root: int, *, ended: bool = False) -> list[int]:
     known = parents()
     own = os.getpid()
     roots = [
-        pid for pid, (parent, group) in known.items() if parent == own and pid != root and _is_of(pid, group, root)
+        pid for pid, (parent, group) in known.items() if parent == own and pid != root and belongs_to(pid, group, root)
     ]
     if not ended and (root in known or not known):
         roots.append(root)
     return [*roots, *descendants(roots, known)]
-
-
-def _is_of(orphan: int, group: int, root: int) -> bool:
-    return group == root or environment(orphan).get("LISTEN_PID") == str(root)
 
 
 def kill(pids: Iterable[int], signum: int = signal.SIGKILL) -> None:

@@ -155,6 +155,13 @@ def environment(pid: int) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def belongs_to(orphan: int, group: int, root: int) -> bool:
+    """Whether an orphan, of this process group, comes from the command of this pid: it leads the group, or has given it
+    its LISTEN_PID.
+    """
+    return group == root or environment(orphan).get("LISTEN_PID") == str(root)
+
+
 def waiting_call(pid: int, thread: int) -> tuple[int, list[int]] | None:
     """The number and the arguments of the system call in which a thread sleeps; None while it runs. Raises Hidden."""
     try:
@@ -234,4 +241,4 @@ class Tree:
         process = look_at(pid)
         if process is None or process.parent != os.getpid():
             return False
-        return process.group == self.root or environment(pid).get("LISTEN_PID") == str(self.root)
+        return belongs_to(pid, process.group, self.root)
