@@ -23,7 +23,6 @@ import errno
 import fcntl
 import gc
 import os
-import re
 import select
 import socket
 import threading
@@ -39,9 +38,6 @@ CLONE_FILES = 0x400
 
 PIDFD_GETFD = 438
 """The system call's number, which all architectures have in common but Alpha; arch/*/syscalls/syscall.tbl."""
-
-EVENTPOLL = "anon_inode:[eventpoll]"
-_TARGET = re.compile(rb"tfd:\s*(\d+)\s.*?\bino:([0-9a-f]+)")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -65,16 +61,11 @@ def find(pids: Iterable[int], listeners: Sequence[socket.socket]) -> list[Entry]
         except proc.Hidden as error:
             logger.debug("not hushed: %s", error)
             continue
-        for epoll in (descriptor for descriptor, link in links.items() if link == EVENTPOLL):
-            try:
-                with open(f"/proc/{pid}/fdinfo/{epoll}", "rb") as file:
-                    targets = _TARGET.findall(file.read())
-            except OSError:
-                continue
-            for number, inode in targets:
-                listener = ours.get(int(inode, 16))
+        for epoll in (descriptor for descriptor, link in links.items() if link == proc.EVENTPOLL):
+            for target in proc.targets(pid, epoll):
+                listener = None if target.inode is None else ours.get(target.inode)
                 if listener is not None:
-                    found.append(Entry(pid, epoll, int(number), listener))
+                    found.append(Entry(pid, epoll, target.number, listener))
     return found
 
 

@@ -11,7 +11,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+EVENTPOLL = "anon_inode:[eventpoll]"
+"""What a descriptor of an epoll set refers to."""
+
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
+_TARGET = re.compile(rb"tfd:\s*(\d+)\s+events:\s*([0-9a-f]+)(?:.*?\bino:([0-9a-f]+))?")
 
 
 class Hidden(Exception):
@@ -112,6 +116,24 @@ def inode_of(link: str) -> int | None:
     """The inode of a socket, from what a descriptor refers to."""
     match = _SOCKET.fullmatch(link)
     return int(match[1]) if match else None
+
+
+class Target(NamedTuple):
+    """What an epoll set watches: a descriptor's number, events, and the inode, which is None before Linux 4.13."""
+
+    number: int
+    events: int
+    inode: int | None
+
+
+def targets(pid: int, epoll: int) -> list[Target]:
+    """What an epoll set of a process watches, from its fdinfo; nothing if that cannot be read."""
+    try:
+        with open(f"/proc/{pid}/fdinfo/{epoll}", "rb") as file:
+            found = _TARGET.findall(file.read())
+    except OSError:
+        return []
+    return [Target(int(number), int(events, 16), int(inode, 16) if inode else None) for number, events, inode in found]
 
 
 def words(pid: int) -> list[str]:

@@ -8,7 +8,6 @@ and all of it only read. A busy process is seen waiting at one look and not at t
 from __future__ import annotations
 
 import os
-import re
 import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -45,8 +44,6 @@ CALLS_ARE_KNOWN = bool(_CALLS)
 _IN = 0x1
 """EPOLLIN and POLLIN"""
 
-_EVENTPOLL = "anon_inode:[eventpoll]"
-_TARGET = re.compile(rb"tfd:\s*(\d+)\s+events:\s*([0-9a-f]+)(?:.*?\bino:([0-9a-f]+))?")
 _POLLFD = struct.Struct("=ihh")
 _MOST = 65536
 """Entries of a poll(2) that are looked at"""
@@ -117,7 +114,8 @@ def _look_into(pid: int, wanted: frozenset[int], seen: Seen) -> None:
     sockets = {descriptor: inode for descriptor, link in links.items() if (inode := proc.inode_of(link)) in wanted}
     for inode in sockets.values():
         seen.holding.setdefault(inode, pid)
-    sets = {descriptor: _targets(pid, descriptor, sockets) for descriptor, link in links.items() if link == _EVENTPOLL}
+    epolls = [descriptor for descriptor, link in links.items() if link == proc.EVENTPOLL]
+    sets = {descriptor: _targets(pid, descriptor, sockets) for descriptor in epolls}
     for inode in {inode for held, _ in sets.values() for inode in held & wanted}:
         seen.registered.setdefault(inode, pid)
     if not sockets and not sets:
@@ -163,18 +161,12 @@ def _targets(pid: int, descriptor: int, sockets: dict[int, int]) -> tuple[set[in
     """
     inodes: set[int] = set()
     descriptors: set[int] = set()
-    try:
-        with open(f"/proc/{pid}/fdinfo/{descriptor}", "rb") as file:
-            for line in file:
-                target = _TARGET.match(line)
-                if target is not None and int(target[2], 16) & _IN:
-                    number = int(target[1])
-                    descriptors.add(number)
-                    inode = int(target[3], 16) if target[3] else sockets.get(number)
-                    if inode is not None:
-                        inodes.add(inode)
-    except OSError:
-        pass
+    for target in proc.targets(pid, descriptor):
+        if target.events & _IN:
+            descriptors.add(target.number)
+            inode = sockets.get(target.number) if target.inode is None else target.inode
+            if inode is not None:
+                inodes.add(inode)
     return inodes, descriptors
 
 
