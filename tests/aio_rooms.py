@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
-from processes import FAST, Program, Room
+from clients import eventually
+from processes import FAST, Program, Room, catches
 
 
 class Aio:
@@ -16,13 +18,14 @@ class Aio:
         self.loop = loop
 
     def start(self, kind: str, *, settled: bool = True, **wishes: Any) -> Program:
-        """Starts a server, and returns when it owns the service."""
+        """Starts a server, and returns when it owns the service and handles the signals, which comes after that."""
         defaults = {"listen": [self.room.url], "control": self.room.control, "probation": 0.0}
         options = {**defaults, **wishes.pop("options", {})}
         argument = {"loop": self.loop, "kind": kind, "options": options, "limits": FAST, **wishes}
         program = self.room.program("aio_server.py", argument)
         if settled:
             self.room.wait_for_owner(program)
+            eventually(lambda: catches(program.pid, signal.SIGTERM), f"pid {program.pid} handles SIGTERM")
         return program
 
     def moved(self) -> dict[str, Any]:

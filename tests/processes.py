@@ -378,3 +378,10 @@ def stopping(programs: Sequence[Program], which: int) -> Callable[[], bool]:
 def state_of(pid: int) -> str:
     """The letter of proc_pid_stat(5)."""
     return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def catches(pid: int, signum: int) -> bool:
+    """Whether a process has a handler for a signal, by proc_pid_status(5)."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    mask = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(mask >> (signum - 1) & 1)

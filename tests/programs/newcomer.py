@@ -83,7 +83,13 @@ def wait_in_select() -> None:
 
 def run_asyncio() -> None:
     async def main() -> None:
-        servers = [await asyncio.start_server(lambda *_: None, sock=listener) for listener in LISTENERS]
+        kept: list[object] = []  # a StreamWriter that nobody has closes its connection
+
+        def keep(*streams: object) -> None:
+            kept.append(streams)
+            del kept[:-20]
+
+        servers = [await asyncio.start_server(keep, sock=listener) for listener in LISTENERS]
         await servers[0].serve_forever()
 
     asyncio.run(main())
