@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+from hypothesis import settings
 
 from aio_rooms import Aio
-from processes import Room
+from processes import STEP, Room
 
 BACKENDS = ("cython", "python")
 
@@ -89,9 +90,28 @@ TOGETHER = frozenset(
 )
 """Files whose tests share something that takes long to make: with --dist loadgroup each goes to one worker."""
 
+ONCE = frozenset(
+    {
+        "test_benchmarks.py",
+        "test_channel_explorer.py",
+        "test_explorer.py",
+        "test_kubernetes.py",
+        "test_packaging.py",
+        "test_run_servers.py",
+        "test_unit_files.py",
+    }
+)
+"""Files of which each test is marked `once`."""
+
+settings.register_profile("few", max_examples=max(5, 100 // STEP))
+if STEP > 1:
+    settings.load_profile("few")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups tests for pytest-xdist."""
     for item in items:
         if item.path.name in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+        if item.path.name in ONCE:
+            item.add_marker(pytest.mark.once)

@@ -259,6 +259,7 @@ def test_hand_over_without_descriptors_left_says_so_and_keeps_what_there_was(roo
     assert ask(start(room), "inherited", "count") == "one"
 
 
+@pytest.mark.once
 def test_one_gibibyte_goes_over_without_a_copy(room: Room, old: Program) -> None:
     available = int(pathlib.Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) >> 20
     if available < 4:

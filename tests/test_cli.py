@@ -149,9 +149,15 @@ def test_the_takeover_line_has_the_counts_and_the_milliseconds(room: Room) -> No
     assert line.endswith(" ms")
 
 
+@pytest.mark.once
 def test_the_demo_loses_nothing_and_accounts_for_it(room: Room) -> None:
     shown = run(room, "demo", "--clients", "10")
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert "was killed in the middle of its takeover" in shown.stdout
     account = [line for line in shown.stdout.splitlines() if "new connects failed" in line]
     assert len(account) == 1 and " 0 " in account[0]
+
+
+def test_a_command_that_shows_nothing_does_not_wait_for_what_shows_things() -> None:
+    text = "import sys, takeover.cli; print([name for name in ('asyncio', 'rich') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stdout == "[]\n"

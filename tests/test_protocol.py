@@ -355,7 +355,7 @@ class Conversation(RuleBasedStateMachine):
 
 
 TestConversation = Conversation.TestCase
-TestConversation.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestConversation.settings = settings(max_examples=2 * settings().max_examples, stateful_step_count=40, deadline=None)
 
 
 def test_a_takeover_without_trouble() -> None:

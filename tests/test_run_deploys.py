@@ -257,7 +257,7 @@ def test_a_stop_during_a_hup_stops_both_commands(room: Room) -> None:
     os.unlink(gate)
     supervisor.signal(signal.SIGHUP)
     eventually(lambda: supervisor.text.count("started pid") == 2, "the new one is started")
-    assert room.status()["command"]["reloading"]
+    eventually(lambda: room.status()["command"]["reloading"], "it is known to be")
     new = int(supervisor.lines[-1].partition("started pid ")[2].partition(":")[0])
     supervisor.signal(signal.SIGTERM)
     assert supervisor.wait() == 0

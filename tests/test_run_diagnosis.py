@@ -104,6 +104,7 @@ def test_a_file_that_only_has_granian_in_its_name_is_not_granian(stage: Trials) 
     assert not diagnosis.is_granian([trial.pid])
 
 
+@pytest.mark.once
 def test_what_cannot_be_looked_into_counts_as_ready_when_it_wakes_up_for_probes(
     stage: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ def test_a_takeover_under_load_loses_nothing_and_established_connections_are_ser
 @pytest.mark.parametrize("kind", ["echo", "member"])
 def test_after_many_takeovers_the_owner_holds_no_descriptor_more(room: Room, kind: str) -> None:
     """A hundred of the native server, twenty of one on join()."""
-    takeovers = (100 if kind == "echo" else 20) // min(STEP, 3)
+    takeovers = (100 if kind == "echo" else 20) // min(STEP, 5)
 
     def start() -> Program:
         return room.echo({"limits": FAST}) if kind == "echo" else room.member(join={"limits": FAST})
