@@ -16,6 +16,7 @@ from . import cli_options, namespaces, query
 from ._backend import backend
 from ._version import VERSION
 from .cli_errors import reports_errors, say
+from .cli_options import setting
 from .cli_run import run
 from .echo import LISTEN
 from .echo import echo as run_echo
@@ -39,27 +40,21 @@ def main() -> None:
 
 
 @main.command("echo")
-@click.option(
+@setting(
     "--listen",
+    "URL",
+    "tcp://HOST:PORT, tcp://[::]:PORT or unix:PATH; may be repeated. After a ?: v6only=0 takes IPv4 too, reuseport=N "
+    "makes a group of N sockets.",
     multiple=True,
     default=[LISTEN],
-    show_default=True,
-    envvar="TAKEOVER_LISTEN",
-    show_envvar=True,
-    metavar="URL",
-    help="tcp://HOST:PORT, tcp://[::]:PORT or unix:PATH; may be repeated. After a ?: v6only=0 takes IPv4 too, "
-    "reuseport=N makes a group of N sockets.",
 )
 @cli_options.control
-@click.option(
+@setting(
     "--drain-timeout",
+    "S",
+    "Seconds that clients have to leave after a takeover or a stop.",
     type=click.FloatRange(min=0),
     default=30.0,
-    show_default=True,
-    envvar="TAKEOVER_DRAIN_TIMEOUT",
-    show_envvar=True,
-    metavar="S",
-    help="Seconds that clients have to leave after a takeover or a stop.",
 )
 @cli_options.probation
 @click.option("--no-live", is_flag=True, help="Let established connections drain instead of moving them.")

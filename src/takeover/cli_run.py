@@ -14,6 +14,7 @@ import click
 
 from . import cli_options
 from .cli_errors import reports_errors
+from .cli_options import setting
 from .listeners import resolve
 from .run import readiness
 from .run.command import check_words
@@ -21,91 +22,57 @@ from .run.options import Options, parse_listen, parse_signal
 
 
 @click.command("run")
-@click.option(
+@setting(
     "--listen",
+    "[NAME=]URL",
+    "tcp://HOST:PORT, tcp://[::]:PORT, unix:PATH or udp://HOST:PORT; may be repeated. NAME is for {fd:NAME} and "
+    "LISTEN_FDNAMES.",
     multiple=True,
     required=True,
-    envvar="TAKEOVER_LISTEN",
-    show_envvar=True,
-    metavar="[NAME=]URL",
-    help="tcp://HOST:PORT, tcp://[::]:PORT, unix:PATH or udp://HOST:PORT; may be repeated. NAME is for {fd:NAME} and "
-    "LISTEN_FDNAMES.",
 )
 @cli_options.control
-@click.option(
-    "--ready",
-    default="auto",
-    show_default=True,
-    envvar="TAKEOVER_READY",
-    show_envvar=True,
-    metavar="HOW",
-    help="How to know that the command is ready.",
-)
-@click.option(
+@setting("--ready", "HOW", "How to know that the command is ready.", default="auto")
+@setting(
     "--ready-timeout",
+    "S",
+    "Seconds that the command has to get ready.",
     type=click.FloatRange(min=0, min_open=True),
     default=60.0,
-    show_default=True,
-    envvar="TAKEOVER_READY_TIMEOUT",
-    show_envvar=True,
-    metavar="S",
-    help="Seconds that the command has to get ready.",
 )
-@click.option(
+@setting(
     "--workers",
+    "N",
+    "How many processes run the command, all on the same listeners.",
     type=click.IntRange(min=1, max=1000),
     default=1,
-    show_default=True,
-    envvar="TAKEOVER_WORKERS",
-    show_envvar=True,
-    metavar="N",
-    help="How many processes run the command, all on the same listeners.",
 )
-@click.option(
+@setting(
     "--stop-signal",
+    "NAME",
+    "The signal that asks the command to finish what it has accepted, and end.",
     default="TERM",
-    show_default=True,
-    envvar="TAKEOVER_STOP_SIGNAL",
-    show_envvar=True,
-    metavar="NAME",
-    help="The signal that asks the command to finish what it has accepted, and end.",
 )
-@click.option(
+@setting(
     "--stop-timeout",
+    "S",
+    "Seconds that it has to end; then it is killed with all that it has started.",
     type=click.FloatRange(min=0),
     default=30.0,
-    show_default=True,
-    envvar="TAKEOVER_STOP_TIMEOUT",
-    show_envvar=True,
-    metavar="S",
-    help="Seconds that it has to end; then it is killed with all that it has started.",
 )
-@click.option(
+@setting(
     "--drain-first",
-    is_flag=True,
-    envvar="TAKEOVER_DRAIN_FIRST",
-    show_envvar=True,
-    help="For a command that cuts off its connections at the stop signal: send it when none is left, or after as many "
+    None,
+    "For a command that cuts off its connections at the stop signal: send it when none is left, or after as many "
     "seconds. Idle ones are ended from outside.",
 )
-@click.option(
+@setting(
     "--spare-idle",
-    is_flag=True,
-    envvar="TAKEOVER_SPARE_IDLE",
-    show_envvar=True,
-    help="With --drain-first: leave idle connections alone, websockets for one; they stay with the old command until "
-    "they leave.",
+    None,
+    "With --drain-first: leave idle connections alone, websockets for one; they stay with the old command until they "
+    "leave.",
 )
 @cli_options.probation
-@click.option(
-    "--service",
-    default="run",
-    show_default=True,
-    envvar="TAKEOVER_SERVICE",
-    show_envvar=True,
-    metavar="NAME",
-    help="What this service is; one of another name is not taken over.",
-)
+@setting("--service", "NAME", "What this service is; one of another name is not taken over.", default="run")
 @click.option("--no-restart", is_flag=True, help="End with the command, and with its exit status.")
 @cli_options.dry_run
 @cli_options.strict
