@@ -144,6 +144,8 @@ class Room:
         self.clients: list[Pounder | Steady] = []
         self.closing: list[Streams | Talker] = []
         self.tracebacks_allowed = False
+        self.tells = True
+        """Whether what the processes said is printed in the end, which pytest shows for a test that has failed."""
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("TAKEOVER_")},
             "TAKEOVER_BACKEND": backend,
@@ -262,7 +264,8 @@ class Room:
             each.close()
         for program in self.programs:
             program.end()
-            print(f"--- pid {program.pid} said:\n{program.text}")  # which pytest shows for a test that has failed
+            if self.tells:
+                print(f"--- pid {program.pid} said:\n{program.text}")
         shutil.rmtree(self.folder, ignore_errors=True)
         if kind is None and not self.tracebacks_allowed:
             for program in self.programs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -37,7 +38,8 @@ def prepare_listener(sock: socket.socket) -> None:
         raise UsageError(f"{sock!r} is not a listening stream socket; bind it and call its listen() first")
     sock.setblocking(False)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # short of memory it is served all the same
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def name_of(sock: socket.socket) -> str:

@@ -306,9 +306,9 @@ async def _begin(
             hosted.over()
         else:
             await asyncio.gather(*(listener.start() for listener in hosted.listeners.values()))
-    except BaseException:
+    except BaseException as error:
         hosted.let_go()
-        await asyncio.shield(_in_thread(member.close))
+        await asyncio.shield(_in_thread(partial(member.__exit__, type(error), error, None)))
         raise
     return Server(hosted, member)
 

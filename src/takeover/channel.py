@@ -19,7 +19,7 @@ from .connections import Connections
 from .control import Peer
 from .descriptors import limit_and_held
 from .errors import LocalError
-from .exchange import Exchange, logger, read_token
+from .exchange import Exchange, read_token, say_failed
 from .ledger import open_ledger
 from .link import Link, close_all
 from .protocol import CHANNEL_BYTE, Event, Limits, Local, State
@@ -118,10 +118,11 @@ class Batch(NamedTuple):
 
 
 class End(Exchange):
-    """What both ends share: the loop's watch on the socket, the clock, the token. Owns both descriptors of the channel.
+    """What both ends share: the loop's watch on the socket, the clock, the token. Owns the descriptors of the channel.
 
-    `loop` has add_reader(), add_writer(), call_soon() and call_later(), as asyncio's loops have. `ended` is called
-    when it has finished, and again where it is over only later.
+    Whatever is raised while it is made, they are the caller's. `loop` has add_reader(), add_writer(), call_soon() and
+    call_later(), as asyncio's loops have. `ended` is called when it has finished, and again where it is over only
+    later.
     """
 
     begins: ClassVar[State]
@@ -135,8 +136,16 @@ class End(Exchange):
         account: Account,
         ended: Callable[[], object],
     ) -> None:
-        peer = Peer(channel.pid, os.geteuid(), None)
-        super().__init__(Link(socket.socket(fileno=channel.sock), peer), limits)
+        # With all of these the object asks the kernel nothing, which could fail.
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, channel.sock)
+        try:
+            super().__init__(Link(sock, Peer(channel.pid, os.geteuid(), None)), limits)
+            os.set_blocking(channel.token, False)
+            loop.add_reader(channel.sock, self.guard, self.readable)
+        except BaseException:
+            sock.detach()
+            raise
+        self.link.before_close = self._unwatch
         self.machine.state = self.begins
         self.loop = loop
         self.connections = connections
@@ -149,9 +158,6 @@ class End(Exchange):
         self._ledger = channel.ledger
         self._timer: Any = None
         self._writing = False
-        os.set_blocking(self._token, False)
-        self.link.before_close = self._unwatch
-        loop.add_reader(self.link.fileno(), self.guard, self.readable)
 
     @property
     def waits(self) -> bool:
@@ -225,11 +231,8 @@ class End(Exchange):
             return
         try:
             work()
-        except Exception as error:  # noqa: BLE001 - logged with its traceback, and contained
-            if isinstance(error, MemoryError):
-                logger.error("the channel to pid %d failed: no memory", self.channel.pid)
-            else:
-                logger.exception("the channel to pid %d failed", self.channel.pid)
+        except Exception as error:  # noqa: BLE001 - logged, with its traceback if it is a mistake, and contained
+            say_failed(f"the channel to pid {self.channel.pid}", error)
             self.error = LocalError(f"the channel to pid {self.channel.pid} failed: {error}")
             self.link.lost = True
             self.lose()

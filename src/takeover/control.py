@@ -144,8 +144,10 @@ class ControlPath:
             except BlockingIOError:
                 os.close(descriptor)
                 return None
-            except BaseException:
+            except BaseException as error:
                 os.close(descriptor)
+                if isinstance(error, OSError):
+                    raise ControlPathError(f"flock {self.lock_path}: {error.strerror}") from None
                 raise
             os.close(descriptor)
 
@@ -165,6 +167,12 @@ class ControlPath:
         remove_own(self.lock_path, (status.st_dev, status.st_ino))
         os.close(descriptor)
 
+    def _new_socket(self) -> socket.socket:
+        try:
+            return socket.socket(socket.AF_UNIX, self.kind)
+        except OSError as error:
+            raise ControlPathError(f"a socket for {self.path}: {error.strerror}") from None
+
     def connect(self) -> socket.socket | None:
         """A connection to whoever listens at the path; None if nobody does: no file there, or a stale socket.
 
@@ -181,7 +189,7 @@ class ControlPath:
             raise ControlPathError(
                 f"control path {self.path}: there is {kind} in the way; remove it, or choose another path"
             )
-        sock = socket.socket(socket.AF_UNIX, self.kind)
+        sock = self._new_socket()
         try:
             sock.setblocking(False)
             sock.connect(self.path)
@@ -206,7 +214,7 @@ class ControlPath:
 
         The file has its final permissions from its first instant: on Linux it takes them from the socket's own inode.
         """
-        sock = socket.socket(socket.AF_UNIX, self.kind)
+        sock = self._new_socket()
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)

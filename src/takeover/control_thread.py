@@ -21,10 +21,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 from .errors import LocalError
-from .exchange import Exchange, logger
+from .exchange import Exchange, say_failed
 from .link import close_all
 from .protocol import Limits
 
@@ -41,20 +42,31 @@ class ControlThread:
         self.limits = limits
         self.exchanges: dict[Exchange, tuple[int, int]] = {}
         self.ended = threading.Event()
-        self.selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], object]] = deque()
-        self._wake_reading, self._wake_writing = os.pipe()
-        os.set_blocking(self._wake_reading, False)
-        os.set_blocking(self._wake_writing, False)
-        self.selector.register(self._wake_reading, selectors.EVENT_READ, self._woken)
+        self._wake_reading = self._wake_writing = -1
+        try:
+            self.selector = selectors.DefaultSelector()
+            self._wake_reading, self._wake_writing = os.pipe()
+            os.set_blocking(self._wake_reading, False)
+            os.set_blocking(self._wake_writing, False)
+            self.selector.register(self._wake_reading, selectors.EVENT_READ, self._woken)
+        except OSError as error:
+            if self._wake_reading >= 0:
+                self.selector.close()
+                close_all([self._wake_reading, self._wake_writing])
+            raise LocalError(f"no selector and pipe for the control thread: {error.strerror}") from None
         self._next_tick = 0.0
         self._at_next_tick: list[Callable[[], object]] = []
         self._alarm: tuple[float, Callable[[], object]] | None = None
         self._thread = threading.Thread(target=self._run, name="takeover-control", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
+        """Starts the thread. Raises LocalError where the system allows no more, and has closed its descriptors then."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self.close_after_fork()
+            raise LocalError(f"the control thread: {error}; see RLIMIT_NPROC and pids.max of the cgroup") from None
 
     def post(self, callback: Callable[[], object]) -> None:
         """Runs the callback in the control thread, soon; dropped if the thread has ended."""
@@ -107,13 +119,13 @@ class ControlThread:
         self.selector.close()
         close_all([self._wake_reading, self._wake_writing])
 
-    def add(self, exchange: Exchange) -> None:
-        """Takes an exchange in; it leaves by itself when it is finished or its link is lost for good."""
+    def add(self, exchange: Exchange, first: Callable[[], object] = bool) -> None:
+        """Takes an exchange in, and has it do the first thing; it leaves by itself when it is over for good."""
         if not self._needs_ticks():
             self._next_tick = time.monotonic() + self.limits.heartbeat
         self.exchanges[exchange] = (-1, -1)
         exchange.link.before_close = lambda: self._unregister(exchange)
-        self._watch(exchange)
+        self.run_step(exchange, first)
 
     def at_next_tick(self, callback: Callable[[], object]) -> None:
         """Runs the callback in the control thread after a heartbeat's time; only for the control thread."""
@@ -131,11 +143,14 @@ class ControlThread:
             return
         try:
             work()
-        except Exception:  # noqa: BLE001 - logged with its traceback, and contained
-            logger.exception("the exchange with %s failed", exchange.link.name)
+            self._watch(exchange)
+        except Exception as error:  # noqa: BLE001 - logged, with its traceback if it is a mistake, and contained
+            what = f"the exchange with {exchange.link.name}"
+            say_failed(what, error)
+            exchange.error = exchange.error or LocalError(f"{what} failed: {error}")
             exchange.link.close()
             exchange.lose()
-        self._watch(exchange)
+            self._watch(exchange)
 
     def _run(self) -> None:
         while not self.ended.is_set():
@@ -143,7 +158,7 @@ class ControlThread:
             for key, mask in self.selector.select(self._patience(ticking=ticking)):
                 still = self.selector.get_map().get(key.fd)
                 if still is not None and still.data is key.data:
-                    key.data(mask)
+                    self._run_posted(partial(key.data, mask))
             while self._posted and not self.ended.is_set():
                 self._run_posted(self._posted.popleft())
             if ticking and time.monotonic() >= self._next_tick:
@@ -170,8 +185,8 @@ class ControlThread:
     def _run_posted(self, callback: Callable[[], object]) -> None:
         try:
             callback()
-        except Exception:  # noqa: BLE001 - logged with its traceback, and contained
-            logger.exception("the control thread could not do what it was asked for")
+        except Exception as error:  # noqa: BLE001 - logged, with its traceback if it is a mistake, and contained
+            say_failed("what the control thread was asked for", error)
 
     def _needs_ticks(self) -> bool:
         return bool(self._at_next_tick) or any(exchange.needs_ticks for exchange in self.exchanges)

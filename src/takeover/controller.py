@@ -317,13 +317,19 @@ class Controller(ControlThread):
                 return
             self._short = False
             self._make_room()
-            link = Link(sock)
+            try:
+                link = Link(sock)
+            except OSError as error:
+                sock.close()
+                logger.warning("nobody knows who asks at %s: %s", self.control.path, error.strerror)
+                continue
             if link.peer.uid not in self.control.allowed:
                 hint = mapping_hint(link.peer.uid)
                 logger.warning("refused uid %d (%s): not allowed here%s", link.peer.uid, link.name, hint)
                 link.close()
                 continue
-            self.add(Incumbent(link, self))
+            asking = Incumbent(link, self)
+            self.add(asking, asking.greet)
 
     def _make_room(self) -> None:
         waiting = [exchange for exchange in self.exchanges if exchange.state is State.GREETING]

@@ -43,6 +43,14 @@ def read_token(token: int) -> bytes:
         return b""
 
 
+def say_failed(what: str, error: Exception) -> None:
+    """Logs what has failed: one line where the system is short of something, a traceback where it is a mistake."""
+    if isinstance(error, (OSError, MemoryError)):
+        logger.error("%s failed: %s", what, error.strerror if isinstance(error, OSError) else "no memory")
+    else:
+        logger.error("%s failed", what, exc_info=error)
+
+
 class Exchange:
     """One Machine on one Link. Everything here runs in one thread.
 

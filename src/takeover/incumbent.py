@@ -47,14 +47,17 @@ class Incumbent(Exchange):
         self._token = -1
         self._batches: list[Items] | None = None
         self._counted = -1
-        link.send(
+
+    def greet(self) -> None:
+        """Says who serves here, as soon as somebody has connected."""
+        self.link.send(
             Type.HELLO,
             {
                 "versions": list(VERSIONS),
-                "generation": owner.generation,
+                "generation": self.owner.generation,
                 "build": VERSION,
                 "pid": os.getpid(),
-                "service": owner.settings.service,
+                "service": self.owner.settings.service,
             },
         )
 

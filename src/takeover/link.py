@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
 import time
@@ -105,6 +106,8 @@ class Link:
             return
         except (BrokenPipeError, ConnectionResetError):
             self._queue.clear()
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             self._queue.clear()
             raise
@@ -150,10 +153,12 @@ class Link:
                 frame = self._decoder.feed(data, descriptors)
                 if frame is not None:
                     frames.append(frame)
-        except BlockingIOError:
-            pass
         except ConnectionResetError:
             self.lost = True
+        except OSError as error:
+            # Where the kernel is short of memory, what has come stays in the queue until it is not.
+            if error.errno not in (errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS):
+                raise
         except RemoteProtocolError:
             for frame in frames:
                 close_all(frame.descriptors)

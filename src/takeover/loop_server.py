@@ -108,7 +108,14 @@ class LoopServer(Server, ABC):
         return True
 
     def _open(self, channel: Channel, kind: type[End], limits: Limits) -> None:
-        end = kind(self.loop, self.mover, channel, limits, self.account, self.look_whether_done)
+        try:
+            end = kind(self.loop, self.mover, channel, limits, self.account, self.look_whether_done)
+        except OSError as error:
+            logger.warning("no channel to pid %d: %s", channel.pid, error.strerror)
+            channel.close()
+            if channel.again is not None:
+                channel.again()
+            return
         if isinstance(end, Giver):
             end.more_to_come = self._takes
         self.ends.append(end)
@@ -189,5 +196,8 @@ def listen_for_streams(member: Service, url: str) -> list[socket.socket]:
     for sock in socks:
         if sock.type != socket.SOCK_STREAM:
             raise ListenError(f"listen {url}: stream sockets only are served here")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, GUARD)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, GUARD)
+        except OSError as error:
+            raise ListenError(f"setsockopt SO_RCVTIMEO of {url}: {error.strerror}") from None
     return socks

@@ -12,7 +12,7 @@ from ._backend import backend
 from ._backend import loop as native
 from .announcement import tell_start
 from .channel import Account
-from .errors import Interrupted
+from .errors import Interrupted, LocalError
 from .exchange import logger
 from .loop_server import LoopServer, listen_for_streams
 from .service import Service, join
@@ -98,9 +98,15 @@ def serve(
                 tell_start(report, listen, backend, dry_run=dry_run)
                 if dry_run:
                     return
-                for sock in socks:
-                    server.listeners[member.name_of(sock)] = server.loop.listen(sock, handler)
-                _run(server, member)
+                try:
+                    for sock in socks:
+                        server.listeners[member.name_of(sock)] = server.loop.listen(sock, handler)
+                    _handle_signals(server, member)
+                except OSError as error:
+                    raise LocalError(f"what was taken over cannot be served here: {error.strerror}") from None
+                server.loop.run()
+                member.leave()
+                logger.info("ended")
         finally:
             server.leave_channels()
             server.loop.close()
@@ -108,7 +114,7 @@ def serve(
         raise server.failure
 
 
-def _run(server: NativeServer, member: Service) -> None:
+def _handle_signals(server: NativeServer, member: Service) -> None:
     left: list[int] = []
 
     def leave(signum: int) -> None:
@@ -124,6 +130,3 @@ def _run(server: NativeServer, member: Service) -> None:
         server.loop.add_signal_handler(signum, leave, signum)
     for early in server.signals:
         server.loop.call_soon(leave, early)
-    server.loop.run()
-    member.leave()
-    logger.info("ended")

@@ -125,6 +125,8 @@ class Service:
             socks = self._holdings.claim(url, name, backlog, unclaimed, given)
         except ListenError as error:
             raise activation.explain(error, given) from None
+        except OSError as error:
+            raise ListenError(f"listen {url}: {error.strerror}") from None
         for each in before:
             if each not in given:
                 logger.info("adopted %s, which the service manager has given (%s)", each.url, each.name)
@@ -284,8 +286,9 @@ class Service:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if value is not None:
-            self._give_up(str(value) or type(value).__name__)
+        if value is not None and not self._controller.ended.is_set():
+            why = str(value) or type(value).__name__
+            self.give_back(why) if isinstance(value, Exception) else self._give_up(why)
         self.close()
 
     def _give_up(self, why: str) -> None:

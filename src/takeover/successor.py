@@ -207,14 +207,18 @@ class Successor(Exchange):
         if not self.joiner.server.live or self.finished or self.link.lost or self._channels == CHANNELS:
             return
         self._channels += 1
+        ours: tuple[int, ...] = ()
         try:
+            room = room_for_connections()
             ours, theirs = open_channel()
+            wish = {"room": room, "pid": os.getpid(), "generation": self.joiner.generation}
+            self.link.send(Type.TAKE, wish, theirs, given=theirs)
         except OSError as error:
-            logger.warning("no channel to %s: %s; its connections drain there", self._elder_name, error.strerror)
+            close_all(ours)
+            goes_on = "its connections drain there" if self._channels == CHANNELS else "trying again"
+            logger.warning("no channel to %s: %s; %s", self._elder_name, error.strerror, goes_on)
+            self._open_another()
             return
-        room = room_for_connections()
-        wish = {"room": room, "pid": os.getpid(), "generation": self.joiner.generation}
-        self.link.send(Type.TAKE, wish, theirs, given=theirs)
         elder = self.elder
         channel = Channel(*ours, elder.pid, elder.generation, room, elder.connections, self._open_another)
         self.joiner.server.take_connections(channel, self.limits)

@@ -1,0 +1,72 @@
+"""All that is takeover's own: how its echo server is started, who owns the service, and what its lines say."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+from processes import FAST, PROGRAMS, Program, Room
+
+PROBATION = 0.1
+DRAIN_TIMEOUT = 5.0
+"""Seconds that a process has whose successor was killed before it could take the connections over."""
+
+GATED = 'read _; exec "$@"'
+"""A shell that becomes the command when a line comes: whoever wants to trace it does so before its first call."""
+
+
+class Stage(Room):
+    """A room in which echo servers take over from each other. kind: "listeners", or "live" where connections move."""
+
+    def __init__(self, backend: str, kind: str) -> None:
+        super().__init__(backend)
+        self.kind = kind
+        self.tells = False
+
+    @property
+    def mark(self) -> str:
+        """What the successor's first call of its own names."""
+        return self.folder
+
+    def start(self, gated: bool = False) -> Program:
+        options: dict[str, Any] = {
+            "listen": [self.url],
+            "control": self.control,
+            "live": self.kind == "live",
+            "probation": PROBATION,
+            "drain_timeout": DRAIN_TIMEOUT,
+        }
+        argument = json.dumps({"options": options, "limits": FAST})
+        command = [sys.executable, str(PROGRAMS / "echo.py"), argument]
+        if gated:
+            return self.run("sh", "-c", GATED, "sh", *command, stdin=subprocess.PIPE)
+        return self.run(*command)
+
+    @staticmethod
+    def knows_the_end_of(survivor: Program, is_successor: bool, owner: int | None) -> bool:
+        """Whether a process has found out that the other one is stopped, and has done what it can do alone."""
+        if not survivor.running:
+            return True
+        if is_successor or owner != survivor.pid:
+            return owner == survivor.pid
+        asked = "asks for the service" in survivor.text
+        return "is off" in survivor.text or not asked
+
+    @staticmethod
+    def started_cold(successor: Program) -> bool:
+        """Whether it has taken nothing over, since nothing was left."""
+        return "(generation 1," in successor.text
+
+    @staticmethod
+    def moved(program: Program) -> int | None:
+        """How many connections the process says that it has moved, to or from the other one; None if it is silent."""
+        found = re.search(r"moved ([\d,]+) connections (?:to|from) pid", program.text)
+        return int(found[1].replace(",", "")) if found else None
+
+    @staticmethod
+    def closed(program: Program) -> int:
+        """How many connections it says that it has closed at the drain deadline."""
+        return sum(int(count.replace(",", "")) for count in re.findall(r"closed ([\d,]+) connections", program.text))
