@@ -96,6 +96,7 @@ ONCE = frozenset(
         "test_channel_explorer.py",
         "test_explorer.py",
         "test_kubernetes.py",
+        "test_model.py",
         "test_packaging.py",
         "test_run_servers.py",
         "test_unit_files.py",

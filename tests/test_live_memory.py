@@ -12,7 +12,7 @@ import pytest
 
 from aio_rooms import Aio, Client
 from channel_cases import Scene, Tally
-from clients import Talker
+from clients import LIMIT, Talker, eventually
 from processes import Program, Room
 from takeover.taker import Taker
 
@@ -70,10 +70,14 @@ def test_a_successor_with_little_memory_takes_what_it_has_memory_for(room: Room)
         talker.say(f"poison huge {30 * MIB}")
     new = room.protocols({"memory": 130, "keep": True})
     room.wait_for_owner(new)
-    old.wait_for("connections to pid")
+
+    def all_are_decided() -> Any:
+        moved = room.status(LIMIT)["moved"]
+        return moved["in"] + sum(moved["refused"].values()) == len(talkers) and moved
+
+    moved = eventually(all_are_decided, "each has moved, or was refused")
     pids = [talker.pid() for talker in talkers]
     assert set(pids) <= {old.pid, new.pid}
-    moved = room.status()["moved"]
     assert (moved["in"], sum(moved["refused"].values())) == (pids.count(new.pid), pids.count(old.pid))
     assert set(moved["refused"]) <= {"memory"}
     assert old.pid in pids
