@@ -32,21 +32,16 @@ CASES: dict[str, Callable[[Plan], None]] = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description=f"Cases: {', '.join(CASES)} (all of them if none is named); soak; broken; report FILE.",
+        description=f"Cases: {', '.join(CASES)} (all of them if none is named); broken; report FILE; soak --help.",
     )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="a case, `soak`, `broken`, or `report` and a file")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="a case, `broken`, or `report` and a file")
     parser.add_argument("--quick", action="store_true", help="few cells, three rounds of 0.3 s: proves that it works")
     parser.add_argument("--rounds", type=int, help="interleaved rounds of each cell (default 7; quick 3)")
     parser.add_argument("--seconds", type=float, help="of one run of one server (default 0.7; quick 0.3)")
     parser.add_argument("--only", action="append", default=[], metavar="WORD", help="only subjects whose name holds it")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the document")
     parser.add_argument("--plots", type=pathlib.Path, metavar="DIR", help="draw the plots (matplotlib)")
-    parser.add_argument("--takeovers", type=int, default=1000, help="soak: how many (default 1000)")
-    parser.add_argument("--pause", type=float, default=0.2, help="soak: seconds between takeovers (default 0.2)")
     parser.add_argument("--deploys", type=int, default=100, help="broken: how many of each kind (default 100)")
-    parser.add_argument(
-        "--without", type=float, help="soak: seconds of the run without (default half a second a takeover)"
-    )
     return parser
 
 
@@ -60,10 +55,7 @@ def _measure(options: argparse.Namespace, console: Console) -> results.Document:
         plan = Plan(document, options.quick, rounds, seconds, 0.1, tuple(options.only), status.update)
         for case in options.cases or CASES:
             try:
-                if case == "soak":
-                    quiet = options.without or options.takeovers / 2
-                    soak.soak(plan, options.takeovers, options.pause, quiet)
-                elif case == "broken":
+                if case == "broken":
                     broken.broken(plan, options.deploys)
                 else:
                     CASES[case](plan)
@@ -75,7 +67,10 @@ def _measure(options: argparse.Namespace, console: Console) -> results.Document:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, 1 if there is no compiler, 2 for wrong usage."""
+    """Exit status 0, 1 if there is no compiler, 2 for wrong usage; soak.main() has its own."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["soak"]:
+        return soak.main(words[1:])
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
     console = Console()
@@ -91,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             parser.error(str(error))
     else:
-        unknown = set(options.cases) - set(CASES) - {"soak", "broken"}
+        unknown = set(options.cases) - set(CASES) - {"broken"}
         if unknown:
             parser.error(
                 f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}, soak, broken and report"

@@ -253,7 +253,6 @@ PLOTS: dict[str, Callable[[Document, Any], bool]] = {
     "passing": _passing,
     "restarts": _restarts,
     "timeline": _curve("restarts"),
-    "soak": _curve("soak"),
     "moves": _moves,
     "moves_by_number": _moves_by_number,
     "deploys": _deploys,

@@ -287,9 +287,8 @@ def tables(document: Document) -> Iterable[Table]:
             yield _grid(document, "passing", cells, title, _ratio(document, measure, "ns"), caption)
     if "import" in cases:
         yield from _simple(document, "import", "Import", [("ms", "time", "ms", 1)])
-    for case in ("restarts", "soak"):
-        if case in cases:
-            yield _restarts(document, case)
+    if "restarts" in cases:
+        yield _restarts(document, "restarts")
     if "moves" in cases:
         yield from _moves(document)
     if "broken" in cases:

@@ -188,7 +188,7 @@ def _deploys(document: Document) -> Iterable[Target]:
 def targets(document: Document) -> list[Target]:
     """Every target that the document has rows for."""
     found = [*_echo(document), *_stream(document), *_memory(document), *_passing(document)]
-    found += [*_restarts(document, "restarts"), *_restarts(document, "soak"), *_moves(document)]
+    found += [*_restarts(document, "restarts"), *_moves(document)]
     found += _deploys(document)
     for row in (row for row in document.rows if row.case == "broken"):
         deploys = len(row.samples.get("ms", ()))

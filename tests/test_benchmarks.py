@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import pathlib
@@ -156,6 +157,58 @@ def test_a_target_is_judged_by_the_median_of_the_rounds_ratios(monkeypatch: pyte
     one, many = targets(document)
     assert "one in flight" in one.what and one.reached and "1.02" in one.measured
     assert "16 in flight" in many.what and not many.reached and "1.20" in many.measured
+
+
+def test_a_small_soak_with_a_kill_in_each_takeover_loses_nothing_that_it_should_not(tmp_path: pathlib.Path) -> None:
+    record = tmp_path / "soak.json"
+    load = ["--connects", "50", "--streams", "20", "--messages", "20", "--backend", "python"]
+    done = benchmarks("soak", "--seconds", "2", "--interval", "0.2", *load, "--kills", "1", "--json", str(record))
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads(record.read_text())
+    assert seen["faults"] == [] and f"seed {seen['options']['seed']}" in done.stdout
+    assert seen["arrivals"]["served"] > 20
+    for line in seen["lines"]:
+        assert line["killed"] and line["checked"] == 20 and line["memory"] > 1 << 20
+
+
+@pytest.mark.parametrize(
+    "word", ["lost", "went on", "refused", "wrong bytes", "not flat: memory", "not flat: descriptors"]
+)
+def test_a_soak_names_each_kind_of_fault(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import soak_record
+
+    lines = [
+        {
+            "at": at,
+            "killed": "",
+            "excused": False,
+            "ended": 0,
+            "connects_failed": 0,
+            "checked": 20,
+            "closed": 0,
+            "wrong": 0,
+        }
+        | {"memory": 10_000 + at % 7, "descriptors": 30 + at % 3}
+        for at in range(1, 101)
+    ]
+    times = dict.fromkeys(("connect_p50_us", "connect_p99_us", "connect_max_ms", "own_stall_ms"), 1.0)
+    arrivals = {"failures": {}, "clients": 100, "served": 100, "withheld": 0, **times}
+    options = argparse.Namespace(streams=20)
+    assert soak_record.judge(lines, arrivals, options)["faults"] == []
+    if word == "lost":
+        lines[50]["ended"] = 1
+    elif word == "went on":
+        lines[50]["checked"] = 19
+    elif word == "refused":
+        arrivals["failures"] = {"refused": 1}
+    elif word == "wrong bytes":
+        lines[-1]["wrong"] = 1
+    else:
+        for line in lines:
+            line[word.rsplit(maxsplit=1)[-1]] += line["at"] * 10
+    (fault,) = soak_record.judge(lines, arrivals, options)["faults"]
+    assert word in fault
 
 
 def test_an_unknown_case_is_wrong_usage() -> None:

@@ -6,7 +6,8 @@
    never sent for want of descriptors, and `own_stall_ms`, the longest time for which the generator itself did not run, because a
    gap in the service that is no longer than that may be its own. --timeline FILE receives a line for each 10 ms:
    its start (CLOCK_MONOTONIC, ms), clients served, clients failed, then in µs the slowest connect, the slowest
-   first byte, the longest gap between two clients served that ended there, and the longest stall of the generator. */
+   first byte, the longest gap between two clients served that ended there, the longest stall of the generator,
+   and the 50th and 99th percentile of the connects. */
 #define _GNU_SOURCE
 #include "common.h"
 #include <fcntl.h>
@@ -35,7 +36,7 @@ static const char REQUEST[] = "GET / HTTP/1.0\r\nHost: localhost\r\n\r\n";
 static const int64_t PATIENCE = INT64_C(10000000000);
 static struct client *clients;
 static struct bucket bucket;
-static struct histogram connects, firsts;
+static struct histogram connects, firsts, bucket_connects;
 static uint64_t serial, served, failures[KINDS], failed, withheld;
 static int64_t last_served, longest_gap, longest_stall;
 static size_t limit, open_clients;
@@ -50,8 +51,10 @@ static void turn_bucket(int64_t now) {
     int64_t start = now / (BUCKET_MS * 1000000) * BUCKET_MS;
     if (start == bucket.start) return;
     if (timeline && bucket.start)
-        fprintf(timeline, "%ld %u %u %ld %ld %ld %ld\n", bucket.start, bucket.served, bucket.failed, bucket.connect / 1000,
-                bucket.first / 1000, bucket.gap / 1000, bucket.stall / 1000);
+        fprintf(timeline, "%ld %u %u %ld %ld %ld %ld %.0f %.0f\n", bucket.start, bucket.served, bucket.failed, bucket.connect / 1000,
+                bucket.first / 1000, bucket.gap / 1000, bucket.stall / 1000, histogram_us(&bucket_connects, 0.5),
+                histogram_us(&bucket_connects, 0.99));
+    if (bucket_connects.count) memset(&bucket_connects, 0, sizeof bucket_connects);
     bucket = (struct bucket){.start = start};
 }
 
@@ -103,6 +106,7 @@ static void say(int fd, int64_t now) {
     if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &length) < 0) error = errno;
     if (!error) {
         histogram_add(&connects, now - c->started);
+        histogram_add(&bucket_connects, now - c->started);
         raise_to(&bucket.connect, now - c->started);
         c->connected = 1;
         compose(bytes, c->serial);

@@ -10,6 +10,7 @@
                      connection the longest of them. In the drain of a --reconnect it runs from the end of the old
                      connection to the first echo on the new one.
 
+   With --forget 1 a report forgets the round trips that it was about, so that a long run has room for the next ones.
    `own_stall_ms` is the longest time in that window for which this program did not run though it had to, so that a
    standstill up to it proves nothing. Ends at the end of standard input, at most after --seconds. */
 #define _GNU_SOURCE
@@ -43,7 +44,7 @@ static struct stall *stalls;
 static size_t count, talkers, round_trip_count, stall_count, being_checked, checked, back;
 static uint64_t sent, answered, closed, wrong;
 static int64_t check_began;
-static int epoll, port, reconnect;
+static int epoll, port, reconnect, forget;
 
 static const char *due(const struct connection *c, uint32_t position) {
     return pattern + ((size_t)(c - connections) * 61 + position) % PERIOD;
@@ -220,6 +221,7 @@ static void report(int64_t from, int64_t to) {
            (double)longest[seen ? seen - 1 : 0] / 1e6, (double)stalled / 1e6, sent, answered, closed, wrong);
     fflush(stdout);
     free(longest);
+    if (forget) round_trip_count = stall_count = 0;
 }
 
 /* False at the end of standard input. */
@@ -255,6 +257,7 @@ int main(int argc, char **argv) {
     talkers = (size_t)option(argc, argv, "--talkers", 0);
     port = (int)option(argc, argv, "--port", 0);
     reconnect = (int)option(argc, argv, "--reconnect", 0);
+    forget = (int)option(argc, argv, "--forget", 0);
     if (!count || talkers > count) return 2;
     raise_descriptor_limit();
     alarm((unsigned)seconds);
