@@ -55,6 +55,17 @@ def go_away(sock: socket.socket) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
+def descriptors_of_other_kinds(sock: socket.socket) -> None:
+    """A folder, an epoll set, a memfd, a pidfd, and the connection itself: it would hold itself open for ever."""
+    kinds = [os.open("/", os.O_RDONLY), os.memfd_create("any"), os.pidfd_open(os.getpid())]
+    try:
+        with select.epoll() as epoll:
+            socket.send_fds(sock, [encode(Type.JOIN, JOIN)], [*kinds, epoll.fileno(), *[sock.fileno()] * 100])
+    finally:
+        for number in kinds:
+            os.close(number)
+
+
 Attack = Callable[[socket.socket], object]
 ATTACKS: dict[str, Attack] = {
     "says nothing": lambda sock: None,
@@ -72,6 +83,7 @@ ATTACKS: dict[str, Attack] = {
     "another service": lambda sock: sock.send(encode(Type.JOIN, {**JOIN, "service": "chat"})),
     "too little room": lambda sock: sock.send(encode(Type.JOIN, {**JOIN, "room": 0})),
     "descriptors nobody asked for": lambda sock: with_descriptors(sock, encode(Type.JOIN, JOIN), 200),
+    "descriptors of other kinds, and itself": descriptors_of_other_kinds,
     "one announced descriptor and a stream": lambda sock: with_descriptors(
         sock, HEADER.pack(MAGIC, Type.JOIN, 1, 100) + b" " * 10_000, 1
     ),

@@ -135,8 +135,7 @@ class ControlPath:
                 hint = "it is a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
                 raise ControlPathError(f"open {self.lock_path}: {hint}") from None
             try:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise ControlPathError(f"{self.lock_path} is not a regular file; remove it")
+                self._check_lock_file(descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 status = os.fstat(descriptor)
                 if identity(self.lock_path) == (status.st_dev, status.st_ino):
@@ -150,6 +149,19 @@ class ControlPath:
                     raise ControlPathError(f"flock {self.lock_path}: {error.strerror}") from None
                 raise
             os.close(descriptor)
+
+    def _check_lock_file(self, descriptor: int) -> None:
+        """Whoever may open it can hold the lock and so keep the service down: so none of a stranger's."""
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ControlPathError(f"{self.lock_path} is not a regular file; remove it")
+        if status.st_uid not in self.allowed:
+            raise ControlPathError(
+                f"{self.lock_path} belongs to uid {status.st_uid}, who could hold the lock; "
+                f"remove it{mapping_hint(status.st_uid)}"
+            )
+        if status.st_uid == os.geteuid() and status.st_nlink == 1 and stat.S_IMODE(status.st_mode) != self._mode:
+            os.fchmod(descriptor, self._mode)
 
     def is_locked(self) -> bool:
         """Whether somebody holds the lock, that is owns the service; leaves no trace."""
@@ -209,10 +221,22 @@ class ControlPath:
             )
             raise ControlPathError(f"connect {self.path}: {hint}") from None
 
+    def _open_to_others(self) -> None:
+        """Undoes what the umask took from the socket's mode; never that of a link or a file put in its place."""
+        descriptor = os.open(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISSOCK(mode):
+                raise ControlPathError(f"bind {self.path}: somebody has replaced the socket")
+            if stat.S_IMODE(mode) != self._mode:
+                os.chmod(f"/proc/self/fd/{descriptor}", self._mode)
+        finally:
+            os.close(descriptor)
+
     def bind(self, *, listen: bool = True) -> tuple[socket.socket, Identity]:
         """Binds the path and listens there; only for the holder of the lock, when connect() returned None.
 
-        The file has its final permissions from its first instant: on Linux it takes them from the socket's own inode.
+        The file never has more than its final permissions: on Linux it takes them, less the umask, from its socket.
         """
         sock = self._new_socket()
         try:
@@ -220,13 +244,15 @@ class ControlPath:
                 os.unlink(self.path)
             os.fchmod(sock.fileno(), self._mode)
             sock.bind(self.path)
-            if self._mode != 0o600:
-                os.chmod(self.path, self._mode)
+            self._open_to_others()
             sock.setblocking(False)
             if listen:
                 sock.listen(4096)
             status = os.lstat(self.path)
             return sock, (status.st_dev, status.st_ino)
+        except ControlPathError:
+            sock.close()
+            raise
         except OSError as error:
             sock.close()
             raise ControlPathError(f"bind {self.path}: {error.strerror}") from None

@@ -7,10 +7,13 @@ import select
 import socket
 
 from ._backend import fdpass
-from .errors import ControlPathError, RemoteProtocolError
+from .control import ControlPath
+from .descriptors import expect_listener
+from .errors import ControlPathError, LocalError, RemoteProtocolError
 from .exchange import logger
 from .link import Link, close_all
 from .listeners import url_of
+from .namespaces import mapping_hint
 from .successor import Inherited
 from .wire import LEGACY_BYTE, MAGIC, MAX_DESCRIPTORS
 
@@ -30,12 +33,16 @@ def is_original(link: Link, path: str, patience: float) -> bool:
     return byte == LEGACY_BYTE
 
 
-def take_listener(link: Link) -> Inherited:
+def take_listener(link: Link, control: ControlPath) -> Inherited:
     """Its listener, which is the caller's from now on; the script serves on what it has accepted. Closes the link.
 
-    Raises RemoteProtocolError where its byte comes with anything else than one descriptor.
+    Raises RemoteProtocolError where its byte comes with anything else than one listener, LocalError where the script is
+    another user's.
     """
     try:
+        uid = link.peer.uid
+        if uid not in control.allowed:
+            raise LocalError(f"the script at {control.path} belongs to uid {uid}, not to us{mapping_hint(uid)}")
         _, descriptors = fdpass.receive_descriptors(link.fileno(), 1, MAX_DESCRIPTORS)
         if len(descriptors) != 1:
             close_all(descriptors)
@@ -46,8 +53,12 @@ def take_listener(link: Link) -> Inherited:
     finally:
         link.close()
     (descriptor,) = descriptors
-    os.set_blocking(descriptor, False)
-    with socket.socket(fileno=os.dup(descriptor)) as sock:
-        url = url_of(sock)
+    try:
+        expect_listener(descriptor, "")
+        with socket.socket(fileno=os.dup(descriptor)) as sock:
+            url = url_of(sock)
+    except BaseException:
+        close_all(descriptors)
+        raise
     logger.info("took %s over from the original script (pid %d)", url, pid)
     return Inherited("listener", url, url, descriptor, (0, 0))

@@ -346,7 +346,7 @@ class Service:
         """Asks whoever listens at the path. Nobody but the original script does so without holding the lock."""
         patience = self._settings.limits.greeting
         if self._lock >= 0 and original.is_original(link, self._control.path, patience):
-            self._controller.unclaimed = [original.take_listener(link)]
+            self._controller.unclaimed = [original.take_listener(link, self._control)]
             self._from_original = True
             self._start_cold()
             return
