@@ -2,7 +2,8 @@
 
 TAKEOVER_EXT says what a compiler that is missing or fails means: "auto" (the default) a warning and a package that runs
 on plain Python, "require" an error, also for a compiler's warning, "skip" that nothing is compiled and the wheel is
-py3-none-any.
+py3-none-any. TAKEOVER_SANITIZE names sanitizers of the compiler ("address,undefined") to build the modules with, for
+tests/sanitized.py.
 """
 
 import os
@@ -14,6 +15,8 @@ from setuptools.command.build_py import build_py
 EXT = os.environ.get("TAKEOVER_EXT") or "auto"
 if EXT not in ("auto", "require", "skip"):
     raise SystemExit(f"TAKEOVER_EXT={EXT}: must be auto, require or skip")
+SANITIZE = os.environ.get("TAKEOVER_SANITIZE", "")
+SANITIZED = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"] if SANITIZE else []
 SOURCES = pathlib.Path("ext/takeover")
 
 
@@ -32,7 +35,12 @@ extension_modules = [
         [path.as_posix()],
         include_dirs=["ext"],
         optional=EXT == "auto",
-        extra_compile_args=["-O2", "-Wall", "-Wno-unreachable-code", *(["-Werror"] if EXT == "require" else [])],
+        extra_compile_args=[
+            *("-O2", "-Wall", "-Wno-unreachable-code"),
+            *(["-Werror"] if EXT == "require" and not SANITIZE else []),
+            *SANITIZED,
+        ],
+        extra_link_args=SANITIZED,
     )
     for path in ([] if EXT == "skip" else sorted(SOURCES.glob("*.pyx")))
 ]

@@ -117,7 +117,8 @@ cdef void close_all(const int *descriptors, int count) noexcept nogil:
 
 cdef array.array descriptor_array(const int *descriptors, int count):
     cdef array.array found = array.clone(TEMPLATE, count, False)
-    memcpy(found.data.as_ints, descriptors, count * sizeof(int))
+    if count:  # memcpy(3) takes no null pointer, not even for nothing
+        memcpy(found.data.as_ints, descriptors, count * sizeof(int))
     return found
 
 
@@ -132,7 +133,8 @@ cdef int as_batch(object descriptors, int *batch) except -1:
     if isinstance(descriptors, new_array) and descriptors.typecode == "i":
         found = descriptors
         count = <int>len(found)
-        memcpy(batch, found.data.as_ints, count * sizeof(int))
+        if count:
+            memcpy(batch, found.data.as_ints, count * sizeof(int))
         return count
     for descriptor in descriptors:
         batch[count] = PyNumber_Index(descriptor)

@@ -123,14 +123,15 @@ cdef inline bint pack(Output *output, const Connection *connection, const Record
     at = put_32(at, 0)
     at = put_32(at, <uint32_t>connection.unsent)
     at = put_32(at, record.state_size)
-    memcpy(at, record.peer, record.peer_size)
+    if record.peer_size:  # memcpy(3) takes no null pointer, not even for nothing
+        memcpy(at, record.peer, record.peer_size)
     at += record.peer_size
     chunk = connection.head
     while chunk != NULL and connection.unsent:
         memcpy(at, <char *>(chunk + 1) + chunk.start, chunk.end - chunk.start)
         at += chunk.end - chunk.start
         chunk = chunk.next
-    if record.state != at:
+    if record.state_size and record.state != at:
         memcpy(at, record.state, record.state_size)
     return True
 
