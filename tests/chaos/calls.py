@@ -49,7 +49,7 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "recvmsg": _RECEIVES,
     "sendto": _SENDS,
     "recvfrom": _RECEIVES,
-    "read": (errno.EINTR, errno.EAGAIN),
+    "read": (errno.EINTR,),
     "write": (errno.EINTR, errno.EAGAIN),
     "shutdown": (errno.ENOBUFS,),
     "getsockopt": (errno.ENOMEM, errno.ENOBUFS),
