@@ -143,10 +143,11 @@ class ControlPath:
             except BlockingIOError:
                 os.close(descriptor)
                 return None
-            except BaseException as error:
+            except OSError as error:
                 os.close(descriptor)
-                if isinstance(error, OSError):
-                    raise ControlPathError(f"flock {self.lock_path}: {error.strerror}") from None
+                raise ControlPathError(f"flock {self.lock_path}: {error.strerror}") from None
+            except BaseException:
+                os.close(descriptor)
                 raise
             os.close(descriptor)
 

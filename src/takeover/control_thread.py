@@ -43,18 +43,18 @@ class ControlThread:
         self.exchanges: dict[Exchange, tuple[int, int]] = {}
         self.ended = threading.Event()
         self._posted: deque[Callable[[], object]] = deque()
-        self._wake_reading = self._wake_writing = -1
-        try:
-            self.selector = selectors.DefaultSelector()
-            self._wake_reading, self._wake_writing = os.pipe()
-            os.set_blocking(self._wake_reading, False)
-            os.set_blocking(self._wake_writing, False)
-            self.selector.register(self._wake_reading, selectors.EVENT_READ, self._woken)
-        except OSError as error:
-            if self._wake_reading >= 0:
-                self.selector.close()
-                close_all([self._wake_reading, self._wake_writing])
-            raise LocalError(f"no selector and pipe for the control thread: {error.strerror}") from None
+        with contextlib.ExitStack() as opened:
+            try:
+                self.selector = selectors.DefaultSelector()
+                opened.callback(self.selector.close)
+                self._wake_reading, self._wake_writing = os.pipe()
+                opened.callback(close_all, [self._wake_reading, self._wake_writing])
+                os.set_blocking(self._wake_reading, False)
+                os.set_blocking(self._wake_writing, False)
+                self.selector.register(self._wake_reading, selectors.EVENT_READ, self._woken)
+            except OSError as error:
+                raise LocalError(f"no selector and pipe for the control thread: {error.strerror}") from None
+            opened.pop_all()
         self._next_tick = 0.0
         self._at_next_tick: list[Callable[[], object]] = []
         self._alarm: tuple[float, Callable[[], object]] | None = None

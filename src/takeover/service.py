@@ -287,8 +287,8 @@ class Service:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if value is not None and not self._controller.ended.is_set():
-            why = str(value) or type(value).__name__
-            self.give_back(why) if isinstance(value, Exception) else self._give_up(why)
+            end = self.give_back if isinstance(value, Exception) else self._give_up
+            end(str(value) or type(value).__name__)
         self.close()
 
     def _give_up(self, why: str) -> None:

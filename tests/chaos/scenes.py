@@ -141,12 +141,10 @@ class Scene:
     def _check_clients(self, owner: Program | None, load: Pounder, streams: Streams | None) -> None:
         """A connection ends with the process that has it, and no other; nobody is refused while a process is left."""
         died = self.reached and self.action == "kill"
-        if owner is not None and not (died and self.stage.started_cold(self.programs["successor"])):
-            assert not load.refused, load.lost
         own = self.reached and self.point is not None and self.point.call in ON_A_CONNECTION
         may_end = died or (own and self.action != "stop")
         if owner is not None and not (died and self.stage.started_cold(self.programs["successor"])):
-            assert len(load.lost) <= may_end, load.lost
+            assert not load.refused and len(load.lost) <= may_end, load.lost
         if streams is None:
             return
         assert not streams.lost and not streams.reordered, streams.failures
