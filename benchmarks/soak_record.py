@@ -13,12 +13,18 @@ from typing import Any, NamedTuple
 FLAT = 0.01
 """The part of its median by which a figure may change over a run, if it changes by more than chance makes it."""
 
+FEWEST = 20
+"""Takeovers from which on a run says anything about a drift: three points always lie close to some line."""
+
 CONNECT_MAX, CONNECT_P50, CONNECT_P99 = 3, 7, 8
 """Columns of the timeline of c/load_arrivals.c, in microseconds."""
 
 
 class Drift(NamedTuple):
-    """The line of least squares through a figure after the first tenth of a run: its change over that time."""
+    """The line of least squares through a figure after the first tenth of a run: its change over that time.
+
+    The error is infinite where there were too few takeovers to tell.
+    """
 
     median: float
     change: float
@@ -34,7 +40,7 @@ def drift(times: Sequence[float], values: Sequence[float]) -> Drift:
     """Of a figure over time."""
     first = len(times) // 10
     x, y = times[first:], values[first:]
-    if len(x) < 3 or x[0] == x[-1]:
+    if len(x) < FEWEST:
         return Drift(statistics.median(y), 0, math.inf)
     slope, intercept = statistics.linear_regression(x, y)
     middle, span = statistics.fmean(x), x[-1] - x[0]
