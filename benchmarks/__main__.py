@@ -12,7 +12,22 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from . import broken, build, deploys, echo, importing, memory, moves, passing, plots, report, restarts, results, soak
+from . import (
+    broken,
+    build,
+    deploys,
+    echo,
+    hostile,
+    importing,
+    memory,
+    moves,
+    passing,
+    plots,
+    report,
+    restarts,
+    results,
+    soak,
+)
 from .plan import Plan
 from .processes import LOAD_CPU, SERVER_CPU, raise_descriptor_limit
 
@@ -26,6 +41,7 @@ CASES: dict[str, Callable[[Plan], None]] = {
     "restarts": restarts.restarts,
     "moves": moves.moves,
     "deploys": deploys.deploys,
+    "hostile": hostile.hostile,
 }
 
 

@@ -291,6 +291,9 @@ def tables(document: Document) -> Iterable[Table]:
         yield _restarts(document, "restarts")
     if "moves" in cases:
         yield from _moves(document)
+    if "hostile" in cases:
+        waits = [("p50_us", "p50", "µs", 1.0), ("p99_us", "p99", "µs", 1.0)]
+        yield from _simple(document, "hostile", "Clients beside hostile control connections", [timing[1], *waits])
     if "broken" in cases:
         yield _broken(document)
     if "deploys" in cases:

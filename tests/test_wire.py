@@ -205,6 +205,12 @@ def test_a_newer_peer_may_say_more(kind: Type) -> None:
     assert frame.body == body
 
 
+def test_what_is_not_for_this_side_costs_no_memory_for_its_body() -> None:
+    decoder = Decoder(expected={Type.HELLO})
+    with pytest.raises(RemoteProtocolError, match="READY is not for this side to receive"):
+        decoder.feed(HEADER.pack(MAGIC, Type.READY, 0, SCHEMA[Type.READY].limit), NONE)
+
+
 def test_a_reader_never_asks_for_more_than_a_frame() -> None:
     decoder = Decoder()
     data = encode(Type.HELLO, EXAMPLES[Type.HELLO])

@@ -7,6 +7,9 @@ neither status nor the next successor. While nothing is under way the thread sle
 Ticks are counted, not clocked: a tick that comes late counts once. So a process that was stopped and goes on finds what
 its peer sent in the meantime before it judges anybody's silence.
 
+However many peers there are and whatever they send, the thread leaves the server its CPU time (allowance.py): in debt
+it looks at nothing but what this process itself asks for and at the ticks.
+
 What one event closes may have others pending in the same round, and its number may be another's by then: they are
 dropped.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import selectors
 import threading
 import time
@@ -24,6 +28,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
+from .allowance import CpuAllowance
 from .errors import LocalError
 from .exchange import Exchange, say_failed
 from .link import close_all
@@ -153,12 +158,15 @@ class ControlThread:
             self._watch(exchange)
 
     def _run(self) -> None:
+        allowance = CpuAllowance()
         while not self.ended.is_set():
             ticking = self._needs_ticks()
-            for key, mask in self.selector.select(self._patience(ticking=ticking)):
-                still = self.selector.get_map().get(key.fd)
-                if still is not None and still.data is key.data:
-                    self._run_posted(partial(key.data, mask))
+            patience = self._patience(ticking=ticking)
+            debt = allowance.debt()
+            if debt:
+                self._rest(debt if patience is None else min(debt, patience))
+            else:
+                self._run_ready(patience)
             while self._posted and not self.ended.is_set():
                 self._run_posted(self._posted.popleft())
             if ticking and time.monotonic() >= self._next_tick:
@@ -174,6 +182,19 @@ class ControlThread:
         while self._posted:
             # Whoever asks looks at `ended` after posting: it was not set yet, so there must be an answer.
             self._run_posted(self._posted.popleft())
+
+    def _run_ready(self, patience: float | None) -> None:
+        for key, mask in self.selector.select(patience):
+            still = self.selector.get_map().get(key.fd)
+            if still is not None and still.data is key.data:
+                self._run_posted(partial(key.data, mask))
+
+    def _rest(self, seconds: float) -> None:
+        """Waits for no peer, but for a wish of this process."""
+        poll = select.poll()
+        poll.register(self._wake_reading, select.POLLIN)
+        if poll.poll(seconds * 1000):
+            self._woken(0)
 
     def _patience(self, *, ticking: bool) -> float | None:
         """Seconds until there is something to do, should nothing come."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import selectors
 import socket
@@ -16,7 +17,7 @@ from .activation import Given
 from .blobs import Blobs
 from .control import ControlPath, Identity, remove_own
 from .control_thread import ControlThread
-from .exchange import Exchange, logger
+from .exchange import Exchange, logger, sparing
 from .hosted import Server, Settings
 from .incumbent import UNDECIDED, Incumbent
 from .keeping import Keeping
@@ -30,6 +31,9 @@ from .wire import Type
 
 MOST_CONNECTIONS = 256
 """Control connections at a time; the oldest that has not said what it wants makes room for a newer one."""
+
+ACCEPTED_AT_ONCE = 16
+"""Fewer than MOST_CONNECTIONS, so that each of them is listened to before it may have to make room."""
 
 
 class Controller(ControlThread):
@@ -224,7 +228,9 @@ class Controller(ControlThread):
         else:
             self._note(incumbent, "undone")
             self.moments.refused(incumbent.reason)
-            logger.warning("the takeover by %s is off: %s; serving on", incumbent.link.name, incumbent.reason)
+            sparing.log(
+                logging.WARNING, "the takeover by %s is off: %s; serving on", incumbent.link.name, incumbent.reason
+            )
 
     def stop_requested(self, who: str) -> None:
         """Somebody asked for the end of the service over the control socket."""
@@ -303,7 +309,7 @@ class Controller(ControlThread):
 
     def _accept(self, _mask: int) -> None:
         assert self._listening is not None
-        for _ in range(MOST_CONNECTIONS):
+        for _ in range(ACCEPTED_AT_ONCE):
             try:
                 sock, _ = self._listening.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -321,11 +327,11 @@ class Controller(ControlThread):
                 link = Link(sock)
             except OSError as error:
                 sock.close()
-                logger.warning("nobody knows who asks at %s: %s", self.control.path, error.strerror)
+                sparing.log(logging.WARNING, "nobody knows who asks at %s: %s", self.control.path, error.strerror)
                 continue
             if link.peer.uid not in self.control.allowed:
                 hint = mapping_hint(link.peer.uid)
-                logger.warning("refused uid %d (%s): not allowed here%s", link.peer.uid, link.name, hint)
+                sparing.log(logging.WARNING, "refused uid %d (%s): not allowed here%s", link.peer.uid, link.name, hint)
                 link.close()
                 continue
             asking = Incumbent(link, self)

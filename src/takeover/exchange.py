@@ -10,12 +10,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import ClassVar
 
+from .allowance import SparingLogger
 from .errors import LocalError, PeerError, RemoteProtocolError, TakeoverError
 from .link import Link, close_all
 from .protocol import FINAL, Action, Do, Event, Limits, Local, Machine, State, Table, budget, silence_limit
 from .wire import Frame, Type, as_text
 
 logger = logging.getLogger("takeover")
+sparing = SparingLogger(logger)
 
 HEARTBEATS = frozenset(
     {
@@ -199,7 +201,7 @@ class Exchange:
                     raise
         except PeerError as error:
             self.error, self.reason = error, str(error)
-            logger.warning("%s broke the protocol: %s", self.link.name, error)
+            sparing.log(logging.WARNING, "%s broke the protocol: %s", self.link.name, error)
             self.link.lost = True
         self.lose()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -13,7 +14,7 @@ from ._version import VERSION
 from .channel import Channel
 from .descriptors import expect
 from .errors import RemoteProtocolError
-from .exchange import Exchange, logger, read_token
+from .exchange import Exchange, read_token, sparing
 from .link import Link, close_all
 from .protocol import COMMIT_BYTE, INCUMBENT, SETTLE_BYTE, Do, Event, Local, State
 from .wire import MAX_DESCRIPTORS, SCHEMA, VERSIONS, Body, Frame, Type, as_text
@@ -75,10 +76,11 @@ class Incumbent(Exchange):
             refusal = self._refuse(frame.body)
             if refusal is not None:
                 self._refusal = refusal
-                logger.info("refused %s: %s", self.link.name, refusal[1])
+                sparing.log(logging.INFO, "refused %s: %s", self.link.name, refusal[1])
                 return Local.DENIED
             self.dry_run = frame.body["dry_run"]
-            logger.info("%s asks for the service%s", self.link.name, " (dry run)" if self.dry_run else "")
+            dry = " (dry run)" if self.dry_run else ""
+            sparing.log(logging.INFO, "%s asks for the service%s", self.link.name, dry)
             if not self.dry_run:
                 self.owner.moments.asked(self.link.name)
         elif frame.type is Type.STOP:
