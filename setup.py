@@ -10,6 +10,7 @@ import os
 import pathlib
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 EXT = os.environ.get("TAKEOVER_EXT") or "auto"
@@ -29,6 +30,15 @@ class BuildWithInterfaces(build_py):
             self.copy_file(str(path), os.path.join(self.build_lib, "takeover"))
 
 
+class BuildInParallel(build_ext):
+    """Compiles as many modules at a time as there are processors, unless told otherwise (--parallel)."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.parallel is None:
+            self.parallel = os.cpu_count()
+
+
 extension_modules = [
     Extension(
         f"takeover.{path.stem}",
@@ -44,4 +54,4 @@ extension_modules = [
     )
     for path in ([] if EXT == "skip" else sorted(SOURCES.glob("*.pyx")))
 ]
-setup(ext_modules=extension_modules, cmdclass={"build_py": BuildWithInterfaces})
+setup(ext_modules=extension_modules, cmdclass={"build_ext": BuildInParallel, "build_py": BuildWithInterfaces})

@@ -94,15 +94,27 @@ ONCE = frozenset(
     {
         "test_benchmarks.py",
         "test_channel_explorer.py",
+        "test_chaos.py",
         "test_explorer.py",
+        "test_keeper.py",
         "test_kubernetes.py",
         "test_model.py",
+        "test_namespaces.py",
         "test_packaging.py",
+        "test_run_broken_versions.py",
+        "test_run_deploys.py",
+        "test_run_keeper.py",
+        "test_run_readiness_ways.py",
         "test_run_servers.py",
+        "test_run_systemd.py",
+        "test_security.py",
+        "test_systemd.py",
+        "test_thousand_hostiles.py",
+        "test_time.py",
         "test_unit_files.py",
     }
 )
-"""Files of which each test is marked `once`."""
+"""Files of which each test is marked `once`: of the kernel, the supervisor, other programs, not of the interpreter."""
 
 settings.register_profile("few", max_examples=max(5, 100 // STEP))
 if STEP > 1:
