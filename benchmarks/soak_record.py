@@ -95,12 +95,14 @@ def judge(lines: Sequence[dict[str, Any]], arrivals: dict[str, Any], options: ar
     kills = Counter(line["killed"] for line in lines if line["killed"])
     milliseconds = [arrivals["connect_p50_us"] / 1e3, arrivals["connect_p99_us"] / 1e3, arrivals["connect_max_ms"]]
     p50, p99, worst = (f"{value:.2f} ms" for value in milliseconds)
+    ended = {excused: sum(line["ended"] for line in lines if line["excused"] is excused) for excused in (True, False)}
+    wrong = lines[-1]["wrong"]
     rate, stall = arrivals["served"] / times[-1], arrivals["own_stall_ms"]
     said = [
         f"{len(lines)} takeovers in {times[-1]:.0f} s; killed: {dict(kills)}",
         f"new clients: {arrivals['clients']:,}, {rate:,.0f} served a second, {arrivals['withheld']} withheld",
         f"new clients that failed: {kinds}",
-        f"streams: {options.streams}, {lines[-1]['closed']} ended with a killed owner, {lines[-1]['wrong']} wrong",
+        f"streams: {options.streams}, {ended[True]} ended with a killed owner, {ended[False]} lost, {wrong} wrong",
         f"connect: p50 {p50}, p99 {p99}, worst {worst}; longest stall of the generator {stall:.0f} ms",
         *said,
     ]

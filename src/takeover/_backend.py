@@ -10,6 +10,7 @@ import os
 from types import ModuleType
 
 from .errors import UsageError
+from .interpreter import refuse_subinterpreters
 
 
 def _choose(wanted: str) -> tuple[str, ModuleType, ModuleType]:
@@ -31,6 +32,7 @@ def _choose(wanted: str) -> tuple[str, ModuleType, ModuleType]:
     return "python", _fdpass_py, _loop_py
 
 
+refuse_subinterpreters()
 backend, fdpass, loop = _choose(os.environ.get("TAKEOVER_BACKEND") or "auto")
 ECHO = loop.ECHO
 Loop = loop.Loop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Collection
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -272,12 +273,9 @@ class Service:
         self._controller.moments.manager.last_words()
         self._controller.close()
         self._controller.drop_unclaimed()
-        if self._lock >= 0:
-            self._control.unlock(self._lock)
-            self._lock = -1
-        for held in self._holdings.bound:
-            if not owned:
-                held.remove_path()
+        self._unlock()
+        for held in () if owned else self._holdings.bound:
+            held.remove_path()
         self._holdings.close()
 
     def __enter__(self) -> Service:  # noqa: PYI034 - typing.Self needs Python 3.11
@@ -294,9 +292,8 @@ class Service:
     def _give_up(self, why: str) -> None:
         successor = self._successor
         if successor is not None and not self._is_ready and not successor.finished:
-            self._controller.ask(
-                lambda: self._controller.run_step(successor, lambda: successor.give_up(Interrupted(why)))
-            )
+            give_up = partial(successor.give_up, Interrupted(why))
+            self._controller.ask(lambda: self._controller.run_step(successor, give_up))
 
     def _join(self) -> None:
         if self._settings.dry_run and not self._control.is_locked():
@@ -322,12 +319,15 @@ class Service:
                 logger.info("the incumbent died, or hung up, before it had handed everything over; trying again")
                 began = time.monotonic()
             finally:
-                if self._lock >= 0:
-                    self._control.unlock(self._lock)
-                    self._lock = -1
+                self._unlock()
             if time.monotonic() - began > self._settings.limits.greeting:
                 raise TimedOut(f"somebody holds {self._control.lock_path}, but nobody listens at {self._control.path}")
             self._controller.over.wait(0.02)
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            self._control.unlock(self._lock)
+            self._lock = -1
 
     def _start_cold(self) -> None:
         if not self._from_original:
@@ -344,8 +344,7 @@ class Service:
 
     def _meet(self, link: Link) -> None:
         """Asks whoever listens at the path. Nobody but the original script does so without holding the lock."""
-        patience = self._settings.limits.greeting
-        if self._lock >= 0 and original.is_original(link, self._control.path, patience):
+        if self._lock >= 0 and original.is_original(link, self._control.path, self._settings.limits.greeting):
             self._controller.unclaimed = [original.take_listener(link, self._control)]
             self._from_original = True
             self._start_cold()
@@ -361,9 +360,8 @@ class Service:
 
     def _inherit(self, found: list[Inherited]) -> None:
         self._controller.unclaimed = found
-        self._controller.given = activation.without_duplicates(
-            self._controller.given, [kept.descriptor for kept in found]
-        )
+        ours = [kept.descriptor for kept in found]
+        self._controller.given = activation.without_duplicates(self._controller.given, ours)
 
 
 def _check_text(what: str, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import pathlib
@@ -53,7 +54,7 @@ def break_channel(how: str) -> None:
 
 
 def prepare(wishes: dict[str, Any]) -> None:
-    """Grants "broken" (how), "nofile", "memory" (MiB more than now), "above", "boundaries" and "limits"."""
+    """Grants "broken" (how), "nofile", "memory" (MiB more), "above", "collector", "boundaries", "limits"."""
     logging.raiseExceptions = False
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
     if "nofile" in wishes:
@@ -64,6 +65,10 @@ def prepare(wishes: dict[str, Any]) -> None:
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + (wishes["memory"] << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if wishes.get("collector") == "off":
+        gc.disable()
+    elif wishes.get("collector") == "always":
+        gc.set_threshold(1)
     for _ in range(wishes.get("above", 0)):
         os.dup(0)
     if "boundaries" in wishes:

@@ -1,0 +1,24 @@
+"""Which interpreter of the process this is: takeover belongs into the main one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+
+from .errors import UsageError
+
+
+def refuse_subinterpreters() -> None:
+    """Raises UsageError in any interpreter but the main one (PEP 734).
+
+    The compiled modules can be imported in one interpreter only, signals come to the main one, others may neither fork
+    nor have daemon threads; and a service is of a process, not of a part of one.
+    """
+    for name in ("_interpreters", "_xxsubinterpreters"):
+        with contextlib.suppress(ImportError):
+            interpreters = importlib.import_module(name)
+            if interpreters.get_current() != interpreters.get_main():
+                raise UsageError(
+                    "takeover does not work in a subinterpreter: use it in the main one, or start a process"
+                )
+            return

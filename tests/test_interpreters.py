@@ -1,0 +1,72 @@
+"""The interpreter around the package: subinterpreters, the garbage collector, builds without the GIL."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from clients import LIMIT
+from processes import Room
+
+IN_A_SUBINTERPRETER = """
+import sys
+try:
+    import _interpreters as interpreters
+    run = interpreters.run_string
+except ImportError:
+    import _xxsubinterpreters as interpreters
+    run = interpreters.run_string
+code = '''
+import takeover, takeover.errors
+try:
+    takeover.join({path!r})
+except takeover.errors.UsageError as error:
+    print("refused:", error)
+'''.format(path=sys.argv[1])
+import takeover
+run(interpreters.create(), code)
+takeover.join(sys.argv[1]).close()
+print("the main interpreter has joined")
+"""
+
+
+def test_a_subinterpreter_is_refused_in_one_clear_line(room: Room) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IN_A_SUBINTERPRETER, room.control],
+        env=room.environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert done.stdout.splitlines() == [
+        "refused: takeover does not work in a subinterpreter: use it in the main one, or start a process",
+        "the main interpreter has joined",
+    ], done.stderr
+
+
+def test_no_module_says_that_it_runs_without_the_gil_before_that_is_proven() -> None:
+    sources = sorted((pathlib.Path(__file__).parent.parent / "ext" / "takeover").glob("*.p[yx][xd]"))
+    assert sources
+    for path in sources:
+        assert "freethreading_compatible" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("collector", ["off", "always"])
+def test_connections_move_whatever_the_garbage_collector_does(room: Room, collector: str) -> None:
+    """`always`: a collection at every allocation of a container, also in the middle of each callback and each frame."""
+    old = room.echo({"collector": collector})
+    old.wait_for("serving")
+    streams = room.streams(5, idle=20, largest=50_000, pause=0.005)
+    streams.goes_on()
+    for _ in range(3):
+        new = room.echo({"collector": collector})
+        new.wait_for("took over")
+        assert old.wait() == 0
+        streams.goes_on()
+        old = new
+    streams.stop()
+    assert streams.failures == []
