@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pathlib
 import signal
 import sys
 
@@ -33,6 +35,31 @@ def test_a_child_that_a_handler_forked_holds_nothing_that_hinders_a_new_start(ro
             os.kill(child, 0)
         finally:
             os.kill(child, signal.SIGKILL)
+
+
+def test_children_forked_in_the_middle_of_a_move_hold_nothing_of_it(room: Room) -> None:
+    """F13: of the control path, the lock, the channel and the records; connections are any child's to hold."""
+    first = start(room)
+    children: list[int] = []
+    with contextlib.ExitStack() as opened:
+        opened.callback(lambda: [os.kill(child, signal.SIGKILL) for child in children])
+        clients = [opened.enter_context(room.connect()) for _ in range(5)]
+        eventually(lambda: room.status()["connections"]["open"] == len(clients), "all are accepted")
+        second = start(room)
+        assert first.wait() == 0
+        for program in (first, second):
+            children += [int(line.split()[-1]) for line in program.lines if line.startswith("child is")]
+        assert len(children) == 2 * len(clients)
+        for child in children:
+            held = {os.readlink(entry) for entry in pathlib.Path(f"/proc/{child}/fd").iterdir()}
+            assert not [link for link in held if room.folder in link or "pidfd" in link or "memfd" in link], held
+        for client in clients:
+            client.sendall(b"fork")
+            children.append(int(client.makefile("rb").readline()))
+        second.signal(signal.SIGKILL)
+        second.wait()
+        third = start(room)
+        assert room.status()["pid"] == third.pid
 
 
 def test_a_listener_that_was_closed_is_neither_shown_nor_handed_over(room: Room) -> None:
