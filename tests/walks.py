@@ -25,7 +25,7 @@ def main() -> int:
         for name, (rules, checks) in walks.items():
             began = time.monotonic()
             try:
-                walked = step(rules, checks)
+                walked = step(rules, {check.__name__: check for check in checks})
             except Violation as error:
                 violations += 1
                 print(f"{what}, {name}: {error}")
