@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
+from typing import Any
 
 from .errors import UsageError
 
 
+def _interpreters() -> Any:
+    """The module of PEP 734's lower half, by either of its names; None where Python was built without it."""
+    try:
+        import _interpreters  # type: ignore[import-not-found, unused-ignore]
+
+        return _interpreters
+    except ImportError:
+        pass
+    try:
+        import _xxsubinterpreters  # type: ignore[import-not-found, unused-ignore]
+
+        return _xxsubinterpreters
+    except ImportError:
+        return None
+
+
 def refuse_subinterpreters() -> None:
-    """Raises UsageError in any interpreter but the main one (PEP 734).
+    """Raises UsageError in any interpreter but the main one.
 
     The compiled modules can be imported in one interpreter only, signals come to the main one, others may neither fork
     nor have daemon threads; and a service is of a process, not of a part of one.
     """
-    for name in ("_interpreters", "_xxsubinterpreters"):
-        with contextlib.suppress(ImportError):
-            interpreters = importlib.import_module(name)
-            if interpreters.get_current() != interpreters.get_main():
-                raise UsageError(
-                    "takeover does not work in a subinterpreter: use it in the main one, or start a process"
-                )
-            return
+    interpreters = _interpreters()
+    if interpreters is not None and interpreters.get_current() != interpreters.get_main():
+        raise UsageError("takeover does not work in a subinterpreter: use it in the main one, or start a process")

@@ -139,7 +139,9 @@ def check(name: str, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _controller() -> Iterator[Controller]:
-    logging.getLogger("takeover").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("takeover")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     settings = Settings("", False, False, 1.0, 1.0, 3, LIMITS)
     controller = Controller(ControlPath(f"{__file__}.sock"), Server(), settings)
     controller.state = "serving"
@@ -149,6 +151,7 @@ def _controller() -> Iterator[Controller]:
         yield controller
     finally:
         controller.close_after_fork()
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
