@@ -121,8 +121,9 @@ if STEP > 1:
     settings.load_profile("few")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups tests for pytest-xdist."""
+    """Groups tests, before pytest-xdist looks for groups."""
     for item in items:
         if item.path.name in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(item.path.name))

@@ -17,9 +17,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from clients import LIMIT, Pounder, Steady, Talker, echo_once, eventually
 from streams import Streams
@@ -30,8 +30,17 @@ PROGRAMS = pathlib.Path(__file__).parent / "programs"
 STEP = int(os.environ.get("TAKEOVER_TEST_STEP", "1"))
 """Sweeps over all boundaries take every so many; CI has no time for all of them in each run."""
 
-OFFSET = int(os.environ.get("TAKEOVER_TEST_OFFSET", "0")) % STEP
+OFFSET = int(os.environ.get("TAKEOVER_TEST_OFFSET", "0"))
 """The first that a sweep takes, so that one run takes others than the next."""
+
+Item = TypeVar("Item")
+
+
+def sampled(items: Iterable[Item], step: int = STEP) -> list[Item]:
+    """Every so many of them, from OFFSET on, and one at the least."""
+    listed = list(items)
+    return listed[OFFSET % min(step, len(listed)) :: step]
+
 
 FAST = {"heartbeat": 0.1, "silence": 0.6, "warming_silence": 0.8, "greeting": 1.5, "starting": 0.7}
 """Limits of the exchange for tests that wait for them to pass; a busy machine needs most of what they are at least."""
