@@ -82,7 +82,7 @@ class Deployed:
         room.tracebacks_allowed = "hypercorn" in words  # it cancels what is left at the end, and asyncio shows that
         options = ["--control", room.control, "--probation", "0.2"]
         options += ["--stop-timeout", "10"] if "--drain-first" in words else []
-        rest = [room.url if word == ADDRESS else "3" if word == "25" else word for word in words[2:]]
+        rest = [room.url if word == ADDRESS else "6" if word == "25" else word for word in words[2:]]
         self.command = [sys.executable, "-m", "takeover", "run", *options, *rest]
         self.room = room
         self.current: Program | None = None
