@@ -92,26 +92,37 @@ TOGETHER = frozenset(
 
 ONCE = frozenset(
     {
+        "test_bad_luck.py",
         "test_benchmarks.py",
         "test_channel_explorer.py",
         "test_chaos.py",
+        "test_contention.py",
+        "test_control_path.py",
+        "test_descriptor_faults.py",
         "test_explorer.py",
+        "test_hostile_peers.py",
         "test_keeper.py",
         "test_kubernetes.py",
+        "test_live_tcp_states.py",
         "test_model.py",
         "test_namespaces.py",
         "test_packaging.py",
         "test_run_broken_versions.py",
         "test_run_deploys.py",
+        "test_run_diagnosis.py",
         "test_run_keeper.py",
+        "test_run_life.py",
+        "test_run_readiness.py",
         "test_run_readiness_ways.py",
         "test_run_servers.py",
         "test_run_systemd.py",
         "test_security.py",
         "test_systemd.py",
+        "test_takeover_under_load.py",
         "test_thousand_hostiles.py",
         "test_time.py",
         "test_unit_files.py",
+        "test_valgrind.py",
     }
 )
 """Files of which each test is marked `once`: of the kernel, the supervisor, other programs, not of the interpreter."""
