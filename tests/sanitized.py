@@ -23,10 +23,7 @@ SELECTION = (
     *("tests/test_loop_listen.py", "tests/test_loop_schedule.py", "tests/test_native_moves.py"),
     *("tests/test_live_state.py", "tests/test_ledger.py", "tests/test_records.py"),
 )
-LEFT_OUT = (
-    *("keeper", "memory", "allocation", "huge", "many_makes_as_many_objects"),
-    "hundred_mebibytes",
-)
+LEFT_OUT = ("keeper", "memory", "allocation", "huge", "many_makes_as_many_objects", "hundred_mebibytes")
 """Parts of names: the keeper; limits of memory, which the sanitizer's own shadow of it breaks; counts of objects."""
 
 
