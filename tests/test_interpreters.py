@@ -24,7 +24,7 @@ import takeover, takeover.errors
 try:
     takeover.join({path!r})
 except takeover.errors.UsageError as error:
-    print("refused:", error)
+    print("refused:", error, flush=True)
 '''.format(path=sys.argv[1])
 import takeover
 run(interpreters.create(), code)
