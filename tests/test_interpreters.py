@@ -15,10 +15,8 @@ IN_A_SUBINTERPRETER = """
 import sys
 try:
     import _interpreters as interpreters
-    run = interpreters.run_string
 except ImportError:
     import _xxsubinterpreters as interpreters
-    run = interpreters.run_string
 code = '''
 import takeover, takeover.errors
 try:
@@ -27,7 +25,7 @@ except takeover.errors.UsageError as error:
     print("refused:", error, flush=True)
 '''.format(path=sys.argv[1])
 import takeover
-run(interpreters.create(), code)
+interpreters.run_string(interpreters.create(), code)
 takeover.join(sys.argv[1]).close()
 print("the main interpreter has joined")
 """
