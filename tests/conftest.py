@@ -117,6 +117,7 @@ ONCE = frozenset(
         "test_run_servers.py",
         "test_run_systemd.py",
         "test_security.py",
+        "test_storms.py",
         "test_systemd.py",
         "test_takeover_under_load.py",
         "test_thousand_hostiles.py",

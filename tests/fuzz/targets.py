@@ -104,7 +104,7 @@ def bodies(data: bytes) -> None:
 
 def incumbent(data: bytes) -> None:
     """The incumbent's driver, whose successor says anything."""
-    with _controller() as controller, _link() as (peer, link):
+    with _controller("serving") as controller, _link() as (peer, link):
         exchange = Incumbent(link, controller)
         exchange.greet()
         _drive(exchange, peer, Input(data), (Local.PROBATION_OVER, Local.LEAVING))
@@ -112,8 +112,7 @@ def incumbent(data: bytes) -> None:
 
 def successor(data: bytes) -> None:
     """The successor's driver, whose incumbent says anything."""
-    with _controller() as controller, _link() as (peer, link):
-        controller.state = "joining"
+    with _controller("joining") as controller, _link() as (peer, link):
         exchange = Successor(link, controller)
         _drive(exchange, peer, Input(data), (Local.WARM, Local.ACCEPTING, Local.FAIL, Local.LEAVING))
         exchange.inherited, left = [], exchange.inherited
@@ -138,15 +137,17 @@ def check(name: str, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _controller() -> Iterator[Controller]:
+def _controller(state: str) -> Iterator[Controller]:
+    """One that serves has a control socket and a lock; one that joins has neither yet."""
     logger = logging.getLogger("takeover")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     settings = Settings("", False, False, 1.0, 1.0, 3, LIMITS)
     controller = Controller(ControlPath(f"{__file__}.sock"), Server(), settings)
-    controller.state = "serving"
-    controller._listening = socket.socket(socket.AF_UNIX)
-    controller._lock = os.open(__file__, os.O_RDONLY)
+    controller.state = state
+    if state == "serving":
+        controller._listening = socket.socket(socket.AF_UNIX)
+        controller._lock = os.open(__file__, os.O_RDONLY)
     try:
         yield controller
     finally:
@@ -170,7 +171,8 @@ def _drive(exchange: Exchange, peer: socket.socket, source: Input, events: tuple
         exchange.link.lost = True
         with contextlib.suppress(TakeoverError):
             exchange.lose()
-        assert exchange.finished or not exchange.machine.accepts(Local.LOST), exchange.state
+        closed = exchange.link.sock.fileno() < 0
+        assert exchange.finished or closed or not exchange.machine.accepts(Local.LOST), exchange.state
     finally:
         if not exchange.finished:
             for descriptor in exchange.owned()[:1]:
