@@ -3,7 +3,7 @@
 TAKEOVER_EXT says what a compiler that is missing or fails means: "auto" (the default) a warning and a package that runs
 on plain Python, "require" an error, also for a compiler's warning, "skip" that nothing is compiled and the wheel is
 py3-none-any. TAKEOVER_SANITIZE names sanitizers of the compiler ("address,undefined") to build the modules with, for
-tests/sanitized.py.
+tests/sanitized.py; TAKEOVER_LINETRACE=1 has them tell each line to a tracer, for tests/covered.py.
 """
 
 import os
@@ -18,6 +18,7 @@ if EXT not in ("auto", "require", "skip"):
     raise SystemExit(f"TAKEOVER_EXT={EXT}: must be auto, require or skip")
 SANITIZE = os.environ.get("TAKEOVER_SANITIZE", "")
 SANITIZED = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"] if SANITIZE else []
+LINETRACE = os.environ.get("TAKEOVER_LINETRACE") == "1"
 SOURCES = pathlib.Path("ext/takeover")
 
 
@@ -42,8 +43,10 @@ class BuildInParallel(build_ext):
 extension_modules = [
     Extension(
         f"takeover.{path.stem}",
-        [path.as_posix()],
+        [(path.resolve() if LINETRACE else path).as_posix()],
         include_dirs=["ext"],
+        # The keeper has no interpreter that could trace it.
+        define_macros=[("CYTHON_TRACE_NOGIL", "1")] if LINETRACE and path.stem != "_keeper" else [],
         optional=EXT == "auto",
         extra_compile_args=[
             *("-O2", "-Wall", "-Wno-unreachable-code"),
@@ -54,4 +57,8 @@ extension_modules = [
     )
     for path in ([] if EXT == "skip" else sorted(SOURCES.glob("*.pyx")))
 ]
+if LINETRACE:
+    from Cython.Build import cythonize
+
+    extension_modules = cythonize(extension_modules, compiler_directives={"linetrace": True}, quiet=True)
 setup(ext_modules=extension_modules, cmdclass={"build_ext": BuildInParallel, "build_py": BuildWithInterfaces})

@@ -27,6 +27,8 @@ from takeover import query
 from takeover.errors import TakeoverError
 
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
+GENTLE = os.environ.get("TAKEOVER_TEST_GENTLE") == "1"
+"""Whether processes are asked to end before they are killed: a killed one does not write down what it has executed."""
 STEP = int(os.environ.get("TAKEOVER_TEST_STEP", "1"))
 """Sweeps over all boundaries take every so many; CI has no time for all of them in each run."""
 
@@ -132,6 +134,8 @@ class Program:
 
     def end(self) -> None:
         """Kills what is left, and frees its pipe."""
+        if GENTLE and self.running:
+            self._ask_to_end()
         if self.running:
             self.process.kill()
         self.process.wait(LIMIT)
@@ -141,6 +145,14 @@ class Program:
             self._reader.join(1)
             if not self._reader.is_alive():
                 self.process.stdout.close()
+
+    def _ask_to_end(self) -> None:
+        """Twice, since a server drains after the first time."""
+        for signum in (signal.SIGCONT, signal.SIGTERM, signal.SIGTERM):
+            self.signal(signum)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.5 if signum == signal.SIGTERM else 0.05)
+                return
 
 
 class Room:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+FOLDERS = ("src", "ext", "tests", "benchmarks", "docs", "examples")
 SANITIZERS = "address,undefined"
 SELECTION = (
     *("tests/test_fdpass.py", "tests/test_loop_transport.py", "tests/test_loop_echo.py", "tests/test_loop_failures.py"),
@@ -32,13 +33,18 @@ def library(name: str) -> str:
     return found.stdout.strip()
 
 
-def build(folder: pathlib.Path) -> None:
-    for name in ("src", "ext", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+def copy(folder: pathlib.Path) -> None:
+    """What a build and the tests need, without what was built before."""
+    for name in (*FOLDERS, "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "*.c", "__pycache__"))
         else:
             shutil.copy(source, folder / name)
+
+
+def build(folder: pathlib.Path) -> None:
+    copy(folder)
     environment = {**os.environ, "TAKEOVER_EXT": "require", "TAKEOVER_SANITIZE": SANITIZERS}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--parallel", "2"]
     subprocess.run(command, cwd=folder, env=environment, check=True, stderr=subprocess.DEVNULL)

@@ -1,7 +1,7 @@
-"""Writes tables.pml from the tables of the package: `python docs/model/draw_tables.py [--check]`.
+"""Writes the tables of the models from those of the package: `python docs/model/draw_tables.py [--check]`.
 
-With --check nothing is written, and the exit status is 1 where the file is not what would be written. --without
-ROLE.STATE.EVENT leaves a row out and --output writes elsewhere: what shows that the model notices.
+With --check nothing is written, and the exit status is 1 where a file is not what would be written. --without
+ROLE.STATE.EVENT leaves a row out and --folder writes elsewhere: what shows that the model notices.
 """
 
 from __future__ import annotations
@@ -15,10 +15,24 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent / "src"))
 
 from takeover.incumbent import UNDECIDED  # noqa: E402
-from takeover.protocol import FINAL, INCUMBENT, SUCCESSOR, Action, Event, Local, State, Table  # noqa: E402
+from takeover.protocol import (  # noqa: E402
+    FINAL,
+    GIVER,
+    INCUMBENT,
+    SUCCESSOR,
+    TAKER,
+    Action,
+    Event,
+    Local,
+    State,
+    Table,
+)
 from takeover.wire import Type  # noqa: E402
 
-ROLES: dict[str, Table] = {"incumbent": INCUMBENT, "successor": SUCCESSOR}
+FILES: dict[str, dict[str, Table]] = {
+    "tables.pml": {"incumbent": INCUMBENT, "successor": SUCCESSOR},
+    "channel_tables.pml": {"giver": GIVER, "taker": TAKER},
+}
 ASKED_FOR = (
     *(Local.LOST, Local.SILENT, Local.OVERTIME, Local.LEAVING, Local.FAIL),
     *(Local.WARM, Local.ACCEPTING, Local.PROBATION_OVER),
@@ -38,23 +52,23 @@ def states_of(table: Table) -> Iterable[State]:
     return dict.fromkeys([*(state for state, _ in table), *(after for after, _ in table.values())])
 
 
-def names() -> list[str]:
-    """Everything that the model knows by name, each once."""
+def names(roles: dict[str, Table]) -> list[str]:
+    """Everything that a model knows by name, each once."""
     found: dict[str, None] = {}
-    for role, table in ROLES.items():
+    for role, table in roles.items():
         found.update((state_name(role, state), None) for state in states_of(table))
         found.update((event.name, None) for _, event in table)
         found.update((action_name(action), None) for _, actions in table.values() for action in actions)
     return list(found)
 
 
-def lines(left_out: frozenset[tuple[str, State, Event]] = frozenset()) -> Iterator[str]:
+def lines(roles: dict[str, Table], left_out: frozenset[tuple[str, State, Event]]) -> Iterator[str]:
     yield "/* Written by draw_tables.py from src/takeover/protocol.py. */"
     yield ""
     yield "mtype = {"
-    yield ",\n".join(f"    {name}" for name in names())
+    yield ",\n".join(f"    {name}" for name in names(roles))
     yield "}"
-    for role, whole in ROLES.items():
+    for role, whole in roles.items():
         table = {key: row for key, row in whole.items() if (role, *key) not in left_out}
         place = f"{role}[link]"
         for event in ASKED_FOR:
@@ -87,13 +101,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--without", action="append", default=[], type=row, metavar="ROLE.STATE.EVENT")
-    parser.add_argument("--output", type=pathlib.Path, default=HERE / "tables.pml")
+    parser.add_argument("--folder", type=pathlib.Path, default=HERE)
     options = parser.parse_args()
-    text = "\n".join(lines(frozenset(options.without))) + "\n"
-    if not options.check:
-        options.output.write_text(text)
-    elif options.output.read_text() != text:
-        sys.exit(f"{options.output.name} is not what the tables say; run {pathlib.Path(__file__).name}")
+    for name, roles in FILES.items():
+        path = options.folder / name
+        text = "\n".join(lines(roles, frozenset(options.without))) + "\n"
+        if not options.check:
+            path.write_text(text)
+        elif path.read_text() != text:
+            sys.exit(f"{name} is not what the tables say; run {pathlib.Path(__file__).name}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""Says which lines and branches of src/ and which lines of ext/ the tests come to: `python tests/covered.py`.
+
+Builds in a temporary folder with line tracing, runs the tests on both backends with coverage.py in every process of
+theirs, and prints the report. Arguments are arguments of pytest in place of all tests. The exit status is pytest's, or
+2 where less is covered than LEAST says.
+
+A traced process is several times slower, so some tests fail here that pass without; what they execute counts.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from sanitized import copy
+
+LEAST = {"src": 88.0, "ext": 88.0}
+"""Percent, of lines and branches together in src/, of lines in ext/."""
+LEFT_OUT = ("test_adoption.py", "test_benchmarks.py", "test_chaos.py", "test_fuzz.py", "test_valgrind.py")
+"""What fails allocations or system calls of the tracer as well, or runs long for what other tests come to."""
+EXCEPTIONS = ("_keeper.pyx",)
+"""What no tracer sees: the keeper has unmapped the interpreter."""
+
+CONFIGURATION = """
+[run]
+branch = true
+parallel = true
+data_file = {folder}/data/coverage
+source =
+    {folder}/src/takeover
+    {folder}/ext/takeover
+plugins = Cython.Coverage
+patch =
+    subprocess
+    _exit
+sigterm = true
+core = ctrace
+disable_warnings =
+    couldnt-parse
+    no-data-collected
+    module-not-measured
+    plugin-disabled
+[report]
+skip_covered = true
+exclude_also =
+    if TYPE_CHECKING:
+    @overload
+    raise NotImplementedError
+"""
+
+
+def total(folder: pathlib.Path, environment: dict[str, str], part: str) -> float:
+    """Prints the report of src or ext; returns its percentage."""
+    coverage = [sys.executable, "-m", "coverage", "report", f"--include={folder / part}/*"]
+    left_out = [f"--omit={','.join(f'*/{name}' for name in EXCEPTIONS)}"]
+    subprocess.run([*coverage, *left_out, "--show-missing"], cwd=folder, env=environment, check=False)
+    found = subprocess.run(
+        [*coverage, *left_out, "--format=total", "--precision=2"],
+        cwd=folder,
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return float(found.stdout or 0)
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="takeover-covered-") as name:
+        folder = pathlib.Path(name)
+        folder.chmod(0o755)
+        copy(folder)
+        (folder / "data").mkdir()
+        (folder / "data").chmod(0o1777)  # some processes of the tests are another user's
+        configuration = folder / ".coveragerc"
+        configuration.write_text(CONFIGURATION.format(folder=folder))
+        environment = {
+            **{key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"},
+            "COVERAGE_RCFILE": str(configuration),
+            "PYTHONPATH": str(folder / "src"),
+            "TAKEOVER_EXT": "require",
+            "TAKEOVER_LINETRACE": "1",
+            "TAKEOVER_TEST_EXT": "require",
+            "TAKEOVER_TEST_GENTLE": "1",
+            "TAKEOVER_TEST_STEP": os.environ.get("TAKEOVER_TEST_STEP", "20"),
+        }
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(build, cwd=folder, env=environment, check=True, stderr=subprocess.DEVNULL)
+        run = [sys.executable, "-m", "coverage", "run", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        limits = ["-n", "3", "--dist", "loadgroup", "--timeout", "240"]
+        tests = sys.argv[1:] or ["tests", *(f"--ignore=tests/{file}" for file in LEFT_OUT)]
+        status = subprocess.run([*run, *limits, *tests], cwd=folder, env=environment, check=False).returncode
+        combine = [sys.executable, "-m", "coverage", "combine", "-q", str(folder / "data")]
+        subprocess.run(combine, cwd=folder, env=environment, check=False)
+        found = {part: total(folder, environment, part) for part in LEAST}
+    for part, percent in found.items():
+        print(f"{part}: {percent:.1f} % covered, {LEAST[part]:g} % wanted")
+    return status or 2 * any(found[part] < least for part, least in LEAST.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
