@@ -15,8 +15,9 @@ import pytest
 
 from clients import LIMIT
 from processes import Room
-from takeover.control import ControlPath
+from takeover.control import ControlPath, peer_of
 from takeover.errors import ControlPathError, UsageError
+from takeover.namespaces import is_process
 from takeover.wire import Type
 from test_blobs_and_hostile_peers import Bare, token
 from test_control_path import ROOT_ONLY, unshared
@@ -160,6 +161,48 @@ def test_a_link_in_the_place_of_the_new_socket_opens_no_other_file(
     with pytest.raises(ControlPathError):
         control.bind()
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+
+
+class Moved(socket.socket):
+    """Somebody puts another folder in the place of the control folder, just before the socket is bound."""
+
+    def bind(self, address: Any) -> None:
+        folder = os.path.dirname(address)
+        os.rename(folder, f"{folder}.old")
+        os.mkdir(folder)
+        super().bind(address)
+
+
+@pytest.mark.once
+def test_a_folder_that_is_replaced_while_the_socket_is_bound_is_noticed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "control").mkdir()
+    control = ControlPath(str(tmp_path / "control" / "takeover.sock"))
+    monkeypatch.setattr(control, "_new_socket", lambda: Moved(socket.AF_UNIX))
+    with pytest.raises(ControlPathError, match="replaced the socket or its folder"):
+        control.bind()
+
+
+@pytest.mark.once
+@ROOT_ONLY
+@pytest.mark.parametrize("by", ["a stranger's", "one that everybody may write to"])
+@pytest.mark.parametrize("call", ["lock", "bind"])
+def test_a_folder_that_is_replaced_after_it_was_checked_is_checked_again(
+    tmp_path: pathlib.Path, by: str, call: str
+) -> None:
+    folder = tmp_path / "control"
+    folder.mkdir()
+    control = ControlPath(str(folder / "takeover.sock"))
+    folder.rmdir()
+    folder.mkdir()
+    if by == "a stranger's":
+        os.chown(folder, NOBODY, NOBODY)
+    else:
+        folder.chmod(0o777)
+    with pytest.raises(ControlPathError, match="belongs to uid|everybody may write"):
+        getattr(control, call)()
+    assert list(folder.iterdir()) == []
 
 
 PRETENDS = """
@@ -310,3 +353,42 @@ def test_after_a_privilege_drop_the_same_user_takes_over_and_root_refuses_to(roo
     assert f"uid {NOBODY}" in root.text
     room.round_trip()
     assert new.running
+
+
+@ROOT_ONLY
+def test_what_root_serves_is_not_taken_over_by_a_lesser_user_that_nobody_has_allowed(room: Room) -> None:
+    """Also where somebody has opened the socket's file to everybody; where the user is allowed, the takeover works."""
+    os.chmod(room.folder, 0o755)
+    old = room.echo()
+    room.wait_for_owner(old)
+    for path in (room.control, room.control + ".lock"):
+        os.chmod(path, 0o666)
+    refused = room.echo({"uid": NOBODY})
+    assert refused.wait() == 1
+    old.wait_for(f"uid {NOBODY}")
+    assert room.owner() == old.pid
+    room.round_trip()
+
+
+@pytest.mark.once
+def test_the_pid_of_a_peer_that_is_dead_names_nobody() -> None:
+    """Its pidfd says who the peer was, whoever has got the number since."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("")
+        listening.listen()
+        child = os.fork()
+        if not child:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(listening.getsockname())
+                sock.recv(1)
+            os._exit(0)
+        with listening.accept()[0] as sock:
+            peer = peer_of(sock)
+            assert peer.pid == child and peer.pidfd is not None
+            try:
+                assert is_process(peer.pid, peer.pidfd, child)
+                sock.sendall(b"g")
+                os.waitpid(child, 0)
+                assert not is_process(peer.pid, peer.pidfd, child)
+            finally:
+                os.close(peer.pidfd)

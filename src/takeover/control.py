@@ -15,7 +15,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from .errors import ControlPathError, NotRunning, UsageError
@@ -26,6 +26,9 @@ LONGEST_PATH = 107
 
 SO_PEERPIDFD = 77
 """include/uapi/asm-generic/socket.h, since Linux 6.5."""
+
+O_PATH = getattr(os, "O_PATH", os.O_RDONLY)
+"""Linux's: a folder is held without the right to list it."""
 
 Identity = tuple[int, int]
 """Device and inode of a path: which file it is, whatever it is called."""
@@ -54,10 +57,10 @@ def peer_of(sock: socket.socket) -> Peer:
     return Peer(pid, uid, pidfd)
 
 
-def identity(path: str) -> Identity | None:
-    """Which file the path leads to, without following a link; None where there is none."""
+def identity(path: str, folder: int | None = None) -> Identity | None:
+    """Which file the path leads to, from an open folder or none, without following a link; None where there is none."""
     try:
-        status = os.lstat(path)
+        status = os.stat(path, dir_fd=folder, follow_symlinks=False)
     except OSError:
         return None
     return status.st_dev, status.st_ino
@@ -95,45 +98,47 @@ class ControlPath:
             raise ControlPathError(f"control path {path}: the working folder is gone ({error.strerror})") from None
         self.path = absolute if len(os.fsencode(absolute)) <= LONGEST_PATH else path
         self.lock_path = self.path + ".lock"
-        self._check_folder(os.path.dirname(absolute))
+        self._folder_path, self._name = os.path.split(absolute)
+        with self._folder():
+            pass
 
     def beside(self, suffix: str, kind: int) -> ControlPath:
         """The path of another socket of the same service, under the same rules; raises UsageError for a long one."""
         return ControlPath(self.path + suffix, self._allow_uids, kind)
 
-    def _check_folder(self, folder: str) -> None:
+    @contextlib.contextmanager
+    def _folder(self) -> Iterator[int]:
+        """The folder as it is now, for calls that are relative to it, if nobody else can replace what is in there."""
+        folder = self._folder_path
         try:
-            status = os.stat(folder)
+            descriptor = os.open(folder, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except NotADirectoryError:
+            raise ControlPathError(f"control path {self.path}: {folder} is not a folder") from None
         except OSError as error:
-            raise ControlPathError(
-                f"control path {self.path}: stat {folder}: {error.strerror}; make the folder first"
-            ) from None
-        if not stat.S_ISDIR(status.st_mode):
-            raise ControlPathError(f"control path {self.path}: {folder} is not a folder")
-        if status.st_uid not in self.allowed:
-            raise ControlPathError(
-                f"control path {self.path}: the folder {folder} belongs to uid {status.st_uid}, who could replace the "
-                f"socket; choose a folder of uid {os.geteuid()} or of root{mapping_hint(status.st_uid)}"
-            )
-        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            raise ControlPathError(
-                f"control path {self.path}: everybody may write to {folder}; choose another folder, or chmod o-w it"
-            )
+            hint = "; make the folder first" if error.errno == errno.ENOENT else ""
+            raise ControlPathError(f"control path {self.path}: open {folder}: {error.strerror}{hint}") from None
+        try:
+            status = os.fstat(descriptor)
+            if status.st_uid not in self.allowed:
+                raise ControlPathError(
+                    f"control path {self.path}: the folder {folder} belongs to uid {status.st_uid}, who could replace "
+                    f"the socket; choose a folder of uid {os.geteuid()} or of root{mapping_hint(status.st_uid)}"
+                )
+            if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+                raise ControlPathError(
+                    f"control path {self.path}: everybody may write to {folder}; choose another folder, or chmod o-w it"
+                )
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def lock(self, *, create: bool = True) -> int | None:
         """The descriptor of the locked lock file, which the caller owns; None while somebody else holds it.
 
         Without `create`, a lock file that does not exist raises NotRunning, and nothing is written.
         """
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         while True:
-            try:
-                descriptor = os.open(self.lock_path, flags, self._mode)
-            except OSError as error:
-                if error.errno == errno.ENOENT and not create:
-                    raise NotRunning(f"nothing is running at {self.path}") from None
-                hint = "it is a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
-                raise ControlPathError(f"open {self.lock_path}: {hint}") from None
+            descriptor = self._open_lock(create)
             try:
                 self._check_lock_file(descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,6 +155,17 @@ class ControlPath:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
+
+    def _open_lock(self, create: bool) -> int:
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        with self._folder() as folder:
+            try:
+                return os.open(f"{self._name}.lock", flags, self._mode, dir_fd=folder)
+            except OSError as error:
+                if error.errno == errno.ENOENT and not create:
+                    raise NotRunning(f"nothing is running at {self.path}") from None
+                hint = "it is a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
+                raise ControlPathError(f"open {self.lock_path}: {hint}") from None
 
     def _check_lock_file(self, descriptor: int) -> None:
         """Whoever may open it can hold the lock and so keep the service down: so none of a stranger's."""
@@ -241,16 +257,19 @@ class ControlPath:
         """
         sock = self._new_socket()
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
-            os.fchmod(sock.fileno(), self._mode)
-            sock.bind(self.path)
-            self._open_to_others()
+            with self._folder() as folder:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._name, dir_fd=folder)
+                os.fchmod(sock.fileno(), self._mode)
+                sock.bind(self.path)
+                self._open_to_others()
+                bound = identity(self.path)
+                if bound is None or bound != identity(self._name, folder):
+                    raise ControlPathError(f"bind {self.path}: somebody has replaced the socket or its folder")
             sock.setblocking(False)
             if listen:
                 sock.listen(4096)
-            status = os.lstat(self.path)
-            return sock, (status.st_dev, status.st_ino)
+            return sock, bound
         except ControlPathError:
             sock.close()
             raise
