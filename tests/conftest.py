@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import zlib
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import settings
 
 from aio_rooms import Aio
-from processes import STEP, Room
+from processes import OFFSET, STEP, Room
 
 BACKENDS = ("cython", "python")
 
@@ -128,14 +129,27 @@ ONCE = frozenset(
 )
 """Files of which each test is marked `once`: of the kernel, the supervisor, other programs, not of the interpreter."""
 
+SHARE, SHARES = map(int, os.environ.get("TAKEOVER_TEST_SHARE", "1/1").split("/"))
+"""Which part of the tests that start processes is run here, of how many; another one with each TAKEOVER_TEST_OFFSET."""
+
 settings.register_profile("few", max_examples=max(5, 100 // STEP))
 if STEP > 1:
     settings.load_profile("few")
 
 
+def _is_ours(item: pytest.Item) -> bool:
+    """Whether a test is one of our share: those that start processes are dealt out, all others are everybody's."""
+    starts_processes = bool({"room", "aio"} & set(getattr(item, "fixturenames", ())))
+    return not starts_processes or (zlib.crc32(item.nodeid.encode()) + OFFSET) % SHARES == SHARE - 1
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups tests, before pytest-xdist looks for groups."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Takes our share of the tests, and groups them, before pytest-xdist looks for groups."""
+    others = [item for item in items if not _is_ours(item)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _is_ours(item)]
     for item in items:
         if item.path.name in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(item.path.name))

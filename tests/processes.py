@@ -251,6 +251,16 @@ class Room:
     def connect(self, timeout: float = LIMIT) -> socket.socket:
         return socket.create_connection(self.address, timeout)
 
+    def refuses(self) -> bool:
+        """Whether nobody listens; a listener that is just being closed resets whoever came a moment before."""
+        try:
+            self.connect().close()
+        except ConnectionRefusedError:
+            return True
+        except ConnectionResetError:
+            pass
+        return False
+
     def connect_control(self) -> socket.socket:
         """A bare connection to the control socket."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

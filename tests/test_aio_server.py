@@ -45,9 +45,7 @@ def start(room: Room, **options: Any) -> Awaitable[aio.Server]:
 
 def gone(room: Room) -> bool:
     """Whether nobody listens, and nobody answers at the control path."""
-    with contextlib.suppress(ConnectionRefusedError), room.connect():
-        return False
-    return not os.path.exists(room.control)
+    return room.refuses() and not os.path.exists(room.control)
 
 
 def test_a_block_serves_and_gives_the_service_up_at_its_end(room: Room, run: Run) -> None:

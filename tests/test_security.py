@@ -200,7 +200,7 @@ def test_a_folder_that_is_replaced_after_it_was_checked_is_checked_again(
         os.chown(folder, NOBODY, NOBODY)
     else:
         folder.chmod(0o777)
-    with pytest.raises(ControlPathError, match="belongs to uid|everybody may write"):
+    with pytest.raises(ControlPathError, match=r"belongs to uid|everybody may write"):
         getattr(control, call)()
     assert list(folder.iterdir()) == []
 

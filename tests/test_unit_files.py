@@ -179,14 +179,6 @@ def deploys_by_a_hangup(site: Site, hang_up: Program) -> None:
     eventually(lambda: not site.room.status()["command"]["reloading"], "the reload is over")
 
 
-def refuses(site: Site) -> bool:
-    try:
-        site.room.connect().close()
-    except ConnectionRefusedError:
-        return True
-    return False
-
-
 def test_what_is_started_beside_the_shell_loop_serves_until_the_loop_takes_it_back(site: Site) -> None:
     path = site.folder / "loop.sh"
     path.write_text(site.here((SUPERVISORS / "loop.sh").read_text()))
@@ -201,7 +193,7 @@ def test_what_is_started_beside_the_shell_loop_serves_until_the_loop_takes_it_ba
     wait_for_version(site.room, 2)
     loop.signal(signal.SIGTERM)
     assert loop.wait() == 0
-    assert refuses(site)
+    assert site.room.refuses()
 
 
 @pytest.mark.parametrize("file", ["s6/run", "runit/run"])
@@ -231,7 +223,7 @@ def test_the_shell_loop_deploys_starts_again_what_was_killed_and_ends_when_told(
     assert who(site.room)["version"] == 2
     loop.signal(signal.SIGTERM)
     assert loop.wait() == 0
-    assert refuses(site)
+    assert site.room.refuses()
 
 
 def test_supervisord_starts_deploys_and_stops_it(site: Site) -> None:
@@ -258,4 +250,4 @@ def test_supervisord_starts_deploys_and_stops_it(site: Site) -> None:
     assert site.room.owner() == before
     daemon.signal(signal.SIGTERM)
     daemon.process.wait(LIMIT)
-    assert refuses(site)
+    assert site.room.refuses()

@@ -11,22 +11,17 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
+from takeover._messages cimport MSG_DONTWAIT, MSG_NOSIGNAL, iovec, msghdr, sendmsg
+
 cdef extern from "<sys/socket.h>" nogil:
-    enum: MSG_NOSIGNAL, MSG_DONTWAIT, SHUT_WR
+    enum: SHUT_WR
     ctypedef uint32_t socklen_t
     ctypedef uint16_t sa_family_t
     struct sockaddr:
         sa_family_t sa_family
     struct sockaddr_storage:
         sa_family_t ss_family
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    struct msghdr:
-        iovec *msg_iov
-        size_t msg_iovlen
     ssize_t send(int fd, const void *data, size_t size, int flags)
-    ssize_t sendmsg(int fd, const msghdr *message, int flags)
     ssize_t recv(int fd, void *data, size_t size, int flags)
     int shutdown(int fd, int how)
 

@@ -11,32 +11,27 @@ from libc.stdint cimport uint64_t
 from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
+from takeover._messages cimport (
+    CMSG_DATA,
+    CMSG_FIRSTHDR,
+    CMSG_LEN,
+    CMSG_NXTHDR,
+    MSG_CMSG_CLOEXEC,
+    MSG_CTRUNC,
+    MSG_NOSIGNAL,
+    SCM_RIGHTS,
+    SOL_SOCKET,
+    cmsghdr,
+    iovec,
+    msghdr,
+    recvmsg,
+    sendmsg,
+)
+
 from array import array as new_array
 from os import strerror
 
 from takeover.errors import DescriptorsLost
-
-cdef extern from "<sys/socket.h>" nogil:
-    enum: SOL_SOCKET, SCM_RIGHTS, MSG_NOSIGNAL, MSG_CMSG_CLOEXEC, MSG_CTRUNC
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    struct msghdr:
-        iovec *msg_iov
-        size_t msg_iovlen
-        void *msg_control
-        size_t msg_controllen
-        int msg_flags
-    struct cmsghdr:
-        size_t cmsg_len
-        int cmsg_level
-        int cmsg_type
-    size_t CMSG_LEN(size_t size)
-    cmsghdr *CMSG_FIRSTHDR(msghdr *message)
-    cmsghdr *CMSG_NXTHDR(msghdr *message, cmsghdr *block)
-    unsigned char *CMSG_DATA(cmsghdr *block)
-    ssize_t sendmsg(int sock, const msghdr *message, int flags)
-    ssize_t recvmsg(int sock, msghdr *message, int flags)
 
 
 MAX_DESCRIPTORS = <int>MOST

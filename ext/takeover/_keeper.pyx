@@ -15,15 +15,18 @@ from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
 from takeover._keeper_memory cimport PAGE, Range, free_memory, syscall
 from takeover._keeper_state cimport (
-    __WALL, BUSY, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, cmsghdr, copy, EAGAIN, ECONNABORTED, EINTR, Entry, errno,
-    F_DUPFD, iovec, Keeper, LONGEST, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, mmap, MOST_CONNECTIONS,
-    MOST_ENTRIES, MOST_UIDS, MSG_CMSG_CLOEXEC, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_TRUNC, msghdr, munmap,
-    POLLIN, PR_SET_NAME, PROT_READ, PROT_WRITE, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstack,
+    __WALL, BUSY, copy, EAGAIN, ECONNABORTED, EINTR, Entry, errno, F_DUPFD, Keeper, LONGEST, MAP_ANONYMOUS,
+    MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, mmap, MOST_CONNECTIONS, MOST_ENTRIES, MOST_UIDS, munmap, POLLIN,
+    PR_SET_NAME, PROT_READ, PROT_WRITE, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstack,
     pthread_attr_t, pthread_create, pthread_join, pthread_self, pthread_sigmask, pthread_t, QUEUE, RLIMIT_NOFILE,
-    SCM_RIGHTS, SIG_SETMASK, sigfillset, sigset_t, SIGTERM, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET,
-    STACK, SYS_accept4, SYS_chdir, SYS_clone, SYS_close, SYS_close_range, SYS_dup3, SYS_exit_group, SYS_fcntl,
-    SYS_getpid, SYS_getsockopt, SYS_listen, SYS_ppoll, SYS_prctl, SYS_prlimit64, SYS_recvmsg, SYS_sendmsg, SYS_setsid,
+    SIG_SETMASK, sigfillset, sigset_t, SIGTERM, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, STACK, SYS_accept4,
+    SYS_chdir, SYS_clone, SYS_close, SYS_close_range, SYS_dup3, SYS_exit_group, SYS_fcntl, SYS_getpid,
+    SYS_getsockopt, SYS_listen, SYS_ppoll, SYS_prctl, SYS_prlimit64, SYS_recvmsg, SYS_sendmsg, SYS_setsid,
     SYS_signalfd4, SYS_wait4, TEXTS, timespec, ucred, VERSION,
+)
+from takeover._messages cimport (
+    CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, cmsghdr, iovec, MSG_CMSG_CLOEXEC, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL,
+    MSG_TRUNC, msghdr, SCM_RIGHTS, SOL_SOCKET,
 )
 
 from os import strerror

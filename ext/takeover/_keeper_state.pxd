@@ -4,6 +4,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from takeover._keeper_memory cimport Maps
+from takeover._messages cimport iovec, msghdr
 
 cdef extern from *:
     """
@@ -82,30 +83,12 @@ cdef extern from "<time.h>" nogil:
         long tv_nsec
 
 cdef extern from "<sys/socket.h>" nogil:
-    enum: SOL_SOCKET, SCM_RIGHTS, SO_PEERCRED, MSG_CMSG_CLOEXEC, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_TRUNC
+    enum: SO_PEERCRED
     enum: SOCK_CLOEXEC, SOCK_NONBLOCK
     struct ucred:
         int pid
         uint32_t uid
         uint32_t gid
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    struct msghdr:
-        void *msg_name
-        uint32_t msg_namelen
-        iovec *msg_iov
-        size_t msg_iovlen
-        void *msg_control
-        size_t msg_controllen
-        int msg_flags
-    struct cmsghdr:
-        size_t cmsg_len
-        int cmsg_level
-        int cmsg_type
-    size_t CMSG_LEN(size_t size)
-    cmsghdr *CMSG_FIRSTHDR(msghdr *message)
-    unsigned char *CMSG_DATA(cmsghdr *block)
 
 cdef extern from "<sys/prctl.h>" nogil:
     enum: PR_SET_NAME

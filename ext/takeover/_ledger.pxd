@@ -4,7 +4,8 @@
 from libc.errno cimport EPERM, errno
 from libc.stdint cimport uint64_t
 
-from takeover._connections cimport Connection, Core, iovec
+from takeover._connections cimport Connection, Core
+from takeover._messages cimport iovec
 from takeover._records cimport put_32, put_64
 
 cdef extern from "<sys/stat.h>" nogil:

@@ -9,11 +9,12 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close
 
 from takeover._connections cimport (
-    CLOSING, EOF_QUEUED, EOF_RECEIVED, EPOLLERR, EPOLLHUP, EPOLLOUT, EVENTS, FULL, HELD, LOST, MSG_DONTWAIT,
+    CLOSING, EOF_QUEUED, EOF_RECEIVED, EPOLLERR, EPOLLHUP, EPOLLOUT, EVENTS, FULL, HELD, LOST,
     NATIVE, NATIVE_LISTENER, PAUSED, RECEIVE, SHUT_WR, STAYS, arm, doom, epoll_wait, find, flush, open_connection, reap,
     recv, release, shutdown, write,
 )
 from takeover._ledger cimport note
+from takeover._messages cimport MSG_DONTWAIT
 
 cdef extern from "<sys/socket.h>" nogil:
     enum: SOCK_CLOEXEC, SOCK_NONBLOCK

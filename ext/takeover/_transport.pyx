@@ -13,11 +13,12 @@ from posix.unistd cimport close
 
 from takeover._addresses cimport ADDRESS, inet_address, unix_address
 from takeover._connections cimport (
-    CLOSING, EOF_QUEUED, EOF_RECEIVED, EPOLLERR, EPOLLHUP, EPOLLOUT, FULL, HELD, LOST, MSG_DONTWAIT, NATIVE,
+    CLOSING, EOF_QUEUED, EOF_RECEIVED, EPOLLERR, EPOLLHUP, EPOLLOUT, FULL, HELD, LOST, NATIVE,
     PAUSED, RECEIVE, SHUT_WR, STAYS, arm, drop_backlog, flush, recv, release, shutdown,
     sockaddr_storage, write,
 )
 from takeover._ledger cimport note
+from takeover._messages cimport MSG_DONTWAIT
 from takeover._native cimport forget_native, resume_native
 
 import os
