@@ -80,17 +80,6 @@ def aio(request: pytest.FixtureRequest) -> Iterator[Aio]:
         yield Aio(room, request.param)
 
 
-TOGETHER = frozenset(
-    {
-        "test_packaging.py",
-        "test_loop_echo.py",
-        "test_explorer.py",
-        "test_channel_explorer.py",
-        "test_compiled_handler.py",
-    }
-)
-"""Files whose tests share something that takes long to make: with --dist loadgroup each goes to one worker."""
-
 ONCE = frozenset(
     {
         "test_bad_luck.py",
@@ -143,15 +132,12 @@ def _is_ours(item: pytest.Item) -> bool:
     return not starts_processes or (zlib.crc32(item.nodeid.encode()) + OFFSET) % SHARES == SHARE - 1
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Takes our share of the tests, and groups them, before pytest-xdist looks for groups."""
+    """Takes our share of the tests, and marks those that one Python is enough for."""
     others = [item for item in items if not _is_ours(item)]
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if _is_ours(item)]
     for item in items:
-        if item.path.name in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
         if item.path.name in ONCE:
             item.add_marker(pytest.mark.once)

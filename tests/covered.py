@@ -90,7 +90,7 @@ def main() -> int:
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         subprocess.run(build, cwd=folder, env=environment, check=True, stderr=subprocess.DEVNULL)
         run = [sys.executable, "-m", "coverage", "run", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        limits = ["-n", "3", "--dist", "loadgroup", "--timeout", "240"]
+        limits = ["-n", "3", "--timeout", "240"]
         tests = sys.argv[1:] or ["tests", *(f"--ignore=tests/{file}" for file in LEFT_OUT)]
         status = subprocess.run([*run, *limits, *tests], cwd=folder, env=environment, check=False).returncode
         combine = [sys.executable, "-m", "coverage", "combine", "-q", str(folder / "data")]

@@ -18,6 +18,8 @@ pytest.importorskip("setuptools", minversion="77", reason="the package is built 
 pytest.importorskip("Cython", minversion="3.3", reason="the package is built with Cython 3.3 or newer")
 
 ROOT = pathlib.Path(__file__).parent.parent
+DIST = os.environ.get("TAKEOVER_TEST_DIST")
+"""A folder with the sdist of this source tree and the wheel built from it, where they have been built already."""
 MODULES = {path.stem for path in (ROOT / "ext" / "takeover").glob("*.pyx")}
 INTERFACES = {path.name for path in (ROOT / "ext" / "takeover").glob("*.pxd")}
 NOT_SOURCE = shutil.ignore_patterns(
@@ -101,6 +103,8 @@ def install(wheel: pathlib.Path, site: pathlib.Path) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The sdist of this source tree; nothing is written into the tree itself."""
+    if DIST:
+        return next(pathlib.Path(DIST).glob("*.tar.gz"))
     tmp_path = tmp_path_factory.mktemp("sdist")
     shutil.copytree(ROOT, tmp_path / "source", ignore=NOT_SOURCE)
     return built("sdist", tmp_path / "source", tmp_path / "out", environment(tmp_path))
@@ -118,6 +122,8 @@ def tree(sdist: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def wheel(sdist: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The compiled wheel, built from the sdist with TAKEOVER_EXT=require."""
+    if DIST:
+        return next(pathlib.Path(DIST).glob("*.whl"))
     tmp_path = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
