@@ -53,6 +53,7 @@ FAILED_ONCE = (
     *("listeners/ENOMEM/successor/0/flock/1", "listeners/EMFILE/successor/0/socket/1"),
     *("listeners/EAGAIN/successor/0/clone3/1", "listeners/ENOMEM/incumbent/1/getsockopt/1"),
     *("listeners/ENOMEM/incumbent/1/sendto/1", "listeners/ENOMEM/incumbent/1/epoll_ctl/1"),
+    *("listeners/ENOSPC/incumbent/1/epoll_ctl/2", "listeners/ENOBUFS/successor/0/getsockopt/1"),
     *("live/ETOOMANYREFS/successor/1/sendmsg/1", "live/ENOMEM/successor/1/memfd_create/1"),
     "live/ENOBUFS/successor/1/socketpair/1",
 )

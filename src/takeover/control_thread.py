@@ -241,15 +241,16 @@ class ControlThread:
         if sock < 0:
             sock = exchange.link.fileno()
             self.selector.register(sock, events, lambda mask: self._ready(exchange, mask))
+            self.exchanges[exchange] = (sock, pidfd)
         elif self.selector.get_key(sock).events != events:
             self.selector.modify(sock, events, self.selector.get_key(sock).data)
         if not exchange.knows_peer and pidfd >= 0:
             self.selector.unregister(pidfd)
-            pidfd = -1
+            self.exchanges[exchange] = (sock, -1)
         elif exchange.knows_peer and pidfd < 0 and exchange.link.peer.pidfd is not None:
             pidfd = exchange.link.peer.pidfd
             self.selector.register(pidfd, selectors.EVENT_READ, lambda _: self.run_step(exchange, exchange.died))
-        self.exchanges[exchange] = (sock, pidfd)
+            self.exchanges[exchange] = (sock, pidfd)
 
     def _unregister(self, exchange: Exchange) -> None:
         for descriptor in self.exchanges.get(exchange, (-1, -1)):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from ._backend import fdpass
 from .control import Peer, peer_of
-from .errors import RemoteProtocolError
+from .errors import LocalError, RemoteProtocolError
 from .namespaces import in_words
 from .wire import Body, Decoder, Frame, Type, encode
 
@@ -23,6 +23,17 @@ FRAMES_AT_ONCE = 32
 def close_all(descriptors: Sequence[int]) -> None:
     """Closes descriptors that nobody is going to use; negative ones stand for none."""
     fdpass.close_descriptors(descriptors)
+
+
+def link_at(path: str, sock: socket.socket) -> Link:
+    """The link on a connection to a control path. Raises LocalError, with the socket closed, if the peer stays unknown."""
+    try:
+        return Link(sock)
+    except OSError as error:
+        sock.close()
+        raise LocalError(
+            f"getsockopt of the connection to {path}: {error.strerror}; nobody knows who is there"
+        ) from None
 
 
 class Link:

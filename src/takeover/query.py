@@ -8,7 +8,7 @@ from typing import Any
 
 from .control import ControlPath
 from .errors import LocalError, NotRunning, PeerLost, Refused, RemoteProtocolError, TimedOut
-from .link import Link, close_all
+from .link import Link, close_all, link_at
 from .namespaces import in_words, is_process
 from .wire import Frame, Type
 
@@ -23,7 +23,7 @@ def _connect(control: ControlPath, deadline: float) -> Link:
             raise NotRunning(f"nothing is running at {control.path}{_kept(control)}")
         sock = control.connect()
         if sock is not None:
-            link = Link(sock)
+            link = link_at(control.path, sock)
             link.expect({Type.HELLO, Type.REPORT, Type.STOPPING, Type.REFUSE})
             if link.peer.uid not in control.allowed:
                 uid = link.peer.uid

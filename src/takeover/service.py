@@ -26,7 +26,7 @@ from .errors import (
 from .exchange import logger
 from .holdings import Holdings
 from .hosted import Server, Settings
-from .link import Link
+from .link import Link, link_at
 from .namespaces import in_words
 from .protocol import Limits, Local
 from .report import Report
@@ -306,7 +306,7 @@ class Service:
             sock = self._control.connect()
             try:
                 if sock is not None:
-                    self._meet(Link(sock))
+                    self._meet(link_at(self._control.path, sock))
                     return
                 if lock is not None:
                     self._start_cold()

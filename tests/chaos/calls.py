@@ -50,7 +50,7 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "sendto": _SENDS,
     "recvfrom": _RECEIVES,
     "read": (errno.EINTR,),
-    "write": (errno.EINTR, errno.EAGAIN),
+    "write": (errno.EINTR,),
     "shutdown": (errno.ENOBUFS,),
     "getsockopt": (errno.ENOMEM, errno.ENOBUFS),
     "setsockopt": (errno.ENOMEM, errno.ENOBUFS),
@@ -78,8 +78,9 @@ ERRORS: dict[str, tuple[int, ...]] = {
 """The errors that the call's manual page, or the network stack behind it, knows.
 
 Left out: close(2), which frees the descriptor whatever it returns; poll(2), which allocates nothing for a few
-descriptors, and fails with EINTR only with nothing to report; EPIPE of write(2), which goes to pipes only of which the
-process has both ends, and to its log; futex(2), at whose errors the C library aborts; and what
+descriptors, and fails with EINTR only with nothing to report; EPIPE and EAGAIN of write(2), which goes to pipes only of
+which the process has both ends, to wake who reads them, and to its log: EAGAIN is true only of a full pipe, which wakes
+him as well; futex(2), at whose errors the C library aborts; and what
 only the interpreter and the C library call (memory, signal masks, clocks).
 """
 
