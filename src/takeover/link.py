@@ -26,7 +26,7 @@ def close_all(descriptors: Sequence[int]) -> None:
 
 
 def link_at(path: str, sock: socket.socket) -> Link:
-    """The link on a connection to a control path. Raises LocalError, with the socket closed, if the peer stays unknown."""
+    """The link on a connection to a control path; closes the socket and raises LocalError if the peer is unknown."""
     try:
         return Link(sock)
     except OSError as error:
