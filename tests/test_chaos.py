@@ -55,7 +55,7 @@ FAILED_ONCE = (
     *("listeners/ENOMEM/incumbent/1/sendto/1", "listeners/ENOMEM/incumbent/1/epoll_ctl/1"),
     *("listeners/ENOSPC/incumbent/1/epoll_ctl/2", "listeners/ENOBUFS/successor/0/getsockopt/1"),
     *("live/ETOOMANYREFS/successor/1/sendmsg/1", "live/ENOMEM/successor/1/memfd_create/1"),
-    "live/ENOBUFS/successor/1/socketpair/1",
+    *("live/ENOBUFS/successor/1/socketpair/1", "live/ENOSPC/successor/0/epoll_ctl/2"),
 )
 """Errors of the kernel that had once cost the service, the connections or a traceback."""
 

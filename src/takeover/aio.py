@@ -22,7 +22,7 @@ from .aio_moving import Mover
 from .aio_streams import Connection, Stream, StreamHandler
 from .announcement import tell_start
 from .channel import Account
-from .errors import TakeoverError
+from .errors import LocalError, TakeoverError
 from .listeners import BACKLOG
 from .loop_server import LoopServer, listen_for_streams
 from .service import Service, join
@@ -300,17 +300,27 @@ async def _begin(
         for url in listen:
             for sock in await _to_the_end(partial(listen_for_streams, member, url)):
                 hosted.add(member.name_of(sock), Listener(hosted.aio, sock, factory, ssl))
-        report = await _in_thread(member.ready)
+        report = await _in_thread(partial(member.ready, partial(_start, hosted)))
         tell_start(report, listen, type(hosted.loop).__module__.partition(".")[0], dry_run=dry_run)
         if dry_run:
             hosted.over()
-        else:
-            await asyncio.gather(*(listener.start() for listener in hosted.listeners.values()))
     except BaseException as error:
         hosted.let_go()
         await asyncio.shield(_in_thread(partial(member.__exit__, type(error), error, None)))
         raise
     return Server(hosted, member)
+
+
+def _start(hosted: AioServer) -> None:
+    """Has the loop accept, and waits for that; not in the loop's own thread."""
+
+    async def start_all() -> None:
+        await asyncio.gather(*(listener.start() for listener in hosted.listeners.values()))
+
+    try:
+        asyncio.run_coroutine_threadsafe(start_all(), hosted.loop).result()
+    except OSError as error:
+        raise LocalError(f"what was taken over cannot be served here: {error.strerror}") from None
 
 
 async def _to_the_end(work: Callable[[], Result], undo: Callable[[Result], object] | None = None) -> Result:

@@ -78,8 +78,11 @@ def resolve(url: str) -> list[Address]:
     if int(port) > 65535:
         raise AddressError(f"{url}: there is no port above 65535")
     kind = socket.SOCK_STREAM if scheme == "tcp" else socket.SOCK_DGRAM
+    name = host.strip("[]")
     try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=kind, flags=socket.AI_PASSIVE)
+        # For a str the codec of names is imported, which takes a descriptor, and time.
+        ascii_or_name = name.encode() if name.isascii() else name
+        found = socket.getaddrinfo(ascii_or_name, int(port), type=kind, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise AddressError(f"{url}: getaddrinfo {host}: {getattr(error, 'strerror', error)}; {_SYNTAX}") from None
     unique = {(family, address): None for family, _, _, _, address in found}

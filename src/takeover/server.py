@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -94,16 +96,11 @@ def serve(
             with join(control, server=server, dry_run=dry_run, drain_timeout=drain_timeout, **settings) as member:
                 server.member = member
                 socks = [sock for url in listen for sock in listen_for_streams(member, url)]
-                report = member.ready()
+                report = member.ready(partial(_listen, server, member, socks, handler))
                 tell_start(report, listen, backend, dry_run=dry_run)
                 if dry_run:
                     return
-                try:
-                    for sock in socks:
-                        server.listeners[member.name_of(sock)] = server.loop.listen(sock, handler)
-                    _handle_signals(server, member)
-                except OSError as error:
-                    raise LocalError(f"what was taken over cannot be served here: {error.strerror}") from None
+                _handle_signals(server, member)
                 server.loop.run()
                 member.leave()
                 logger.info("ended")
@@ -112,6 +109,14 @@ def serve(
             server.loop.close()
     if server.failure is not None:
         raise server.failure
+
+
+def _listen(server: NativeServer, member: Service, socks: list[socket.socket], handler: Any) -> None:
+    try:
+        for sock in socks:
+            server.listeners[member.name_of(sock)] = server.loop.listen(sock, handler)
+    except OSError as error:
+        raise LocalError(f"what was taken over cannot be served here: {error.strerror}") from None
 
 
 def _handle_signals(server: NativeServer, member: Service) -> None:

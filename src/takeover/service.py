@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -137,11 +137,13 @@ class Service:
         """The name under which the report and `takeover status` show a socket that listen() returned."""
         return next(held.name for held in self._holdings if held.sock is sock)
 
-    def ready(self) -> Report:
+    def ready(self, start: Callable[[], object] = bool) -> Report:
         """The commit: returns when this process owns the service and is to accept. With dry_run, returns as if it did.
 
-        Raises Aborted, TimedOut or PeerLost if the incumbent does not let go; it serves on then, and this process is to
-        end. Raises LocalError for a listener that was not adopted where strict was asked for.
+        `start` is called when it owns the service and has not yet said that it accepts: what it raises is raised here,
+        and at the end of the `with` block (or in close()) the incumbent takes the service back. Raises Aborted,
+        TimedOut or PeerLost if the incumbent does not let go; it serves on then, and this process is to end. Raises
+        LocalError for a listener that was not adopted where strict was asked for.
         """
         if self._is_ready:
             raise LocalProtocolError("ready() was called before; a process joins a service once")
@@ -165,9 +167,10 @@ class Service:
             self._give_up("dry run")
             incumbent = successor.elder.pid if successor is not None else 0
         elif successor is not None:
-            self._commit(successor, adopted, bound, unused)
+            self._commit(successor, start, adopted, bound, unused)
             incumbent = successor.elder.pid
         else:
+            start()
             self._controller.ask(self._serve_cold)
             self._controller.keeping.own()
         self._is_ready = True
@@ -175,7 +178,7 @@ class Service:
         elsewhere = successor is not None and successor.elsewhere
         return Report(self.generation, incumbent, adopted, bound, unused, milliseconds, self._from_keeper, elsewhere)
 
-    def _commit(self, successor: Successor, *names: tuple[str, ...]) -> None:
+    def _commit(self, successor: Successor, start: Callable[[], object], *names: tuple[str, ...]) -> None:
         def warm() -> None:
             successor.ready = dict(zip(("adopted", "bound", "unused"), map(list, names), strict=True))
             self._controller.listeners = list(self._holdings)
@@ -184,13 +187,9 @@ class Service:
 
         self._controller.ask(warm)
         successor.committed.result()
-        self._controller.ask(lambda: self._controller.run_step(successor, self._accepting))
+        start()
+        self._controller.ask(lambda: self._controller.run_step(successor, successor.accepting))
         self._controller.ask(self._controller.moments.ready)
-
-    def _accepting(self) -> None:
-        assert self._successor is not None
-        if self._successor.machine.accepts(Local.ACCEPTING):
-            self._successor.step(Local.ACCEPTING)
 
     def _serve_cold(self) -> None:
         self._controller.drop_unclaimed()

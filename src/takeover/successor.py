@@ -330,6 +330,11 @@ class Successor(Exchange):
         self.inherited = [kept for kept in self.inherited if kept.role != "listener"]
         return taken
 
+    def accepting(self) -> None:
+        """The server accepts, if the service is not lost again."""
+        if self.machine.accepts(Local.ACCEPTING):
+            self.step(Local.ACCEPTING)
+
     def give_up(self, error: TakeoverError) -> None:
         """Ends the exchange from this side, if it has not been decided yet."""
         self.error, self.reason = error, str(error)
