@@ -50,7 +50,7 @@ extension_modules = [
         optional=EXT == "auto",
         extra_compile_args=[
             *("-O2", "-Wall", "-Wno-unreachable-code"),
-            *(["-Werror"] if EXT == "require" and not SANITIZE else []),
+            *(["-Werror"] if EXT == "require" and not (SANITIZE or LINETRACE) else []),
             *SANITIZED,
         ],
         extra_link_args=SANITIZED,

@@ -105,27 +105,28 @@ def test_a_cold_start_has_nobody_to_give_the_service_back_to(room: Room) -> None
     assert room.left_behind() == []
 
 
-def test_what_cannot_start_to_serve_gives_the_service_back_even_without_a_probation(room: Room) -> None:
+def start_in_vain(room: Room) -> None:
     def fail() -> None:
         raise OSError("no room to serve in")
 
+    with takeover.join(room.control) as service:
+        service.listen(room.url)
+        service.ready(fail)
+
+
+def test_what_cannot_start_to_serve_gives_the_service_back_even_without_a_probation(room: Room) -> None:
     old_server = Watcher()
     with takeover.join(room.control, server=old_server, probation=0) as old:
         old.listen(room.url)
         old.ready()
-        with pytest.raises(OSError, match="no room"), takeover.join(room.control) as new:
-            new.listen(room.url)
-            new.ready(fail)
+        with pytest.raises(OSError, match="no room"):
+            start_in_vain(room)
         eventually(lambda: old.state == "serving" and old.accepts, "the incumbent accepts again")
         assert old_server.calls == ["stop", "start"]
         assert old.status()["last_takeover"]["reason"] == "no room to serve in"
 
 
 def test_a_cold_start_that_cannot_start_to_serve_leaves_nothing_behind(room: Room) -> None:
-    def fail() -> None:
-        raise OSError("no room to serve in")
-
-    with pytest.raises(OSError, match="no room"), takeover.join(room.control) as service:
-        service.listen(room.url)
-        service.ready(fail)
+    with pytest.raises(OSError, match="no room"):
+        start_in_vain(room)
     assert room.left_behind() == []

@@ -180,7 +180,7 @@ class Giver(End):
             if not self._staying or frame.body["batch"] != self._staying[0].number:
                 raise RemoteProtocolError(f"a part of batch {frame.body['batch']} was dropped that was not to stay")
             return frame.type
-        if _shows(self.link.fileno(), select.POLLHUP) and self._token_is_unread():
+        if (self.link.lost or _shows(self.link.fileno(), select.POLLHUP)) and self._token_is_unread():
             return None  # the other end is gone, and has neither read nor written on what it adopted
         self._check(frame)
         self._refused = frame.body["refused"]
