@@ -358,6 +358,28 @@ def test_a_taker_that_hangs_up_leaves_to_the_giver_what_was_not_released(
     scene.answers(scene.clients[answers:])
 
 
+def test_an_answer_that_is_read_together_with_the_loss_of_the_link_counts_for_nothing(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could not be told any more that it owns what it has adopted."""
+    scene.connect(3)
+    giver, stranger = scene.give()
+    heard(scene, stranger, Type.CONNECTIONS)
+    receive = giver.link.receive
+
+    def receive_and_lose() -> list[Frame]:
+        frames = receive()
+        giver.link.lost = True
+        return frames
+
+    monkeypatch.setattr(giver.link, "receive", receive_and_lose)
+    stranger.adopted(0)
+    scene.until(lambda: giver.finished)
+    assert not stranger.claims()
+    assert scene.loops[0].connections == 3
+    scene.answers()
+
+
 @pytest.mark.parametrize("adopted", [0, 1, 2, 3])
 def test_a_taker_that_claims_and_dies_takes_only_what_it_has_adopted_along(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, adopted: int
