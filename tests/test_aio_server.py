@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -178,3 +179,24 @@ def test_a_protocol_that_cannot_be_made_costs_its_own_connection_only(
 
     run(serve())
     assert "this factory is broken" in caplog.text
+
+
+def test_a_loop_that_cannot_accept_leaves_the_service_to_the_incumbent(
+    room: Room, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a probation: what fails is done before the incumbent is told that all is well."""
+
+    async def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    old = room.echo()
+    room.wait_for_owner(old)
+    pounder = room.pound()
+    pounder.goes_on()
+    monkeypatch.setattr(aio.Listener, "start", lambda _: asyncio.ensure_future(fail()))
+    with pytest.raises(takeover.errors.LocalError, match="cannot be served here: No space left"):
+        run(start(room, service="echo", probation=0.0))
+    room.wait_for_owner(old)
+    pounder.goes_on()
+    pounder.stop()
+    assert not pounder.lost, pounder.lost
