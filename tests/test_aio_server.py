@@ -14,7 +14,7 @@ import pytest
 
 import takeover
 from clients import LIMIT
-from processes import Room
+from processes import FAST, Room
 from takeover import aio
 
 Run = Callable[[Awaitable[Any]], Any]
@@ -181,21 +181,25 @@ def test_a_protocol_that_cannot_be_made_costs_its_own_connection_only(
     assert "this factory is broken" in caplog.text
 
 
-def test_a_loop_that_cannot_accept_leaves_the_service_to_the_incumbent(
+def test_where_a_loop_cannot_accept_the_incumbent_takes_the_service_back(
     room: Room, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a probation: what fails is done before the incumbent is told that all is well."""
+    """Without a probation too: the incumbent is not told that all is well before the loop accepts."""
 
-    async def fail() -> None:
+    async def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    old = room.echo()
+    async def serve() -> None:
+        server = await start(room, service="echo", probation=0.0)
+        await server.serve_forever()
+
+    old = room.echo({"limits": FAST})
     room.wait_for_owner(old)
     pounder = room.pound()
     pounder.goes_on()
-    monkeypatch.setattr(aio.Listener, "start", lambda _: asyncio.ensure_future(fail()))
-    with pytest.raises(takeover.errors.LocalError, match="cannot be served here: No space left"):
-        run(start(room, service="echo", probation=0.0))
+    monkeypatch.setattr(aio.Listener, "_serve", fail)
+    with pytest.raises(takeover.errors.Aborted, match="did not finish the step 'committed'"):
+        run(serve())
     room.wait_for_owner(old)
     pounder.goes_on()
     pounder.stop()

@@ -22,7 +22,7 @@ from .aio_moving import Mover
 from .aio_streams import Connection, Stream, StreamHandler
 from .announcement import tell_start
 from .channel import Account
-from .errors import LocalError, TakeoverError
+from .errors import TakeoverError
 from .listeners import BACKLOG
 from .loop_server import LoopServer, listen_for_streams
 from .service import Service, join
@@ -89,6 +89,9 @@ class Listener(Home):
                 self._duplicate = self.socket.dup()
                 self._server = await self._serve(self._duplicate)
             except OSError as error:
+                if self._duplicate is not None:
+                    self._duplicate.close()
+                    self._duplicate = None
                 log.error("cannot accept on %s: %s; trying again", self.socket.getsockname(), error.strerror)
                 await asyncio.sleep(RETRY)
         if not self._wanted:
@@ -312,15 +315,12 @@ async def _begin(
 
 
 def _start(hosted: AioServer) -> None:
-    """Has the loop accept, and waits for that; not in the loop's own thread."""
+    """Has the loop accept, and waits until it does, or is not to any more; not in the loop's own thread."""
 
     async def start_all() -> None:
         await asyncio.gather(*(listener.start() for listener in hosted.listeners.values()))
 
-    try:
-        asyncio.run_coroutine_threadsafe(start_all(), hosted.loop).result()
-    except OSError as error:
-        raise LocalError(f"what was taken over cannot be served here: {error.strerror}") from None
+    asyncio.run_coroutine_threadsafe(start_all(), hosted.loop).result()
 
 
 async def _to_the_end(work: Callable[[], Result], undo: Callable[[Result], object] | None = None) -> Result:
