@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -50,6 +51,27 @@ def test_an_event_that_cannot_be_dealt_with_leaves_the_thread_at_work(
         thread.ask(lambda: thread.selector.unregister(ours))
         assert thread.ask(lambda: 42) == 42
     assert "Traceback" not in caplog.text
+
+
+def test_who_posts_to_a_thread_that_is_just_closed_writes_into_nobody_elses_descriptor(thread: ControlThread) -> None:
+    """Between the question whether it has ended and the post lies a moment."""
+    thread.close()
+    with contextlib.ExitStack() as stack:
+        pairs = [socket.socketpair() for _ in range(8)]  # one of them has the number that the thread's pipe had
+        for sock in (sock for pair in pairs for sock in pair):
+            stack.enter_context(sock)
+            sock.setblocking(False)
+        thread.post(lambda: None)
+        for sock in (sock for pair in pairs for sock in pair):
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
+
+
+def test_nothing_is_inherited_from_a_service_that_is_closed(room: Room) -> None:
+    with takeover.join(room.control) as service:
+        service.listen(room.url)
+        service.ready()
+    assert service.inherited("anything", LIMIT) is None
 
 
 def test_where_there_is_no_descriptor_left_for_it_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,9 @@ class ControlThread:
         self.exchanges: dict[Exchange, tuple[int, int]] = {}
         self.ended = threading.Event()
         self._posted: deque[Callable[[], object]] = deque()
+        # Whoever wakes the thread must not do so through a descriptor that is closed, and perhaps another file by now.
+        # Reentrant, since the handler of a signal may post as well.
+        self._waking = threading.RLock()
         with contextlib.ExitStack() as opened:
             try:
                 self.selector = selectors.DefaultSelector()
@@ -76,8 +79,9 @@ class ControlThread:
     def post(self, callback: Callable[[], object]) -> None:
         """Runs the callback in the control thread, soon; dropped if the thread has ended."""
         self._posted.append(callback)
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_writing, b"\0")
+        with self._waking, contextlib.suppress(BlockingIOError):
+            if self._wake_writing >= 0:
+                os.write(self._wake_writing, b"\0")
 
     def ask(self, question: Callable[[], Result]) -> Result:
         """Runs the question in the control thread and returns its answer, or raises what it raised.
@@ -111,7 +115,8 @@ class ControlThread:
         self._thread.join()
         for exchange in list(self.exchanges):
             exchange.link.close()
-        self.close_after_fork()
+        with self._waking:
+            self.close_after_fork()
 
     def close_after_fork(self) -> None:
         """In a forked child, where the thread does not run: closes its descriptors, touches no shared epoll set."""
@@ -123,6 +128,7 @@ class ControlThread:
         self.exchanges.clear()
         self.selector.close()
         close_all([self._wake_reading, self._wake_writing])
+        self._wake_reading = self._wake_writing = -1
 
     def add(self, exchange: Exchange, first: Callable[[], object] = bool) -> None:
         """Takes an exchange in, and has it do the first thing; it leaves by itself when it is over for good."""
