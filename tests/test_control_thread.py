@@ -67,13 +67,6 @@ def test_who_posts_to_a_thread_that_is_just_closed_writes_into_nobody_elses_desc
                 sock.recv(1)
 
 
-def test_nothing_is_inherited_from_a_service_that_is_closed(room: Room) -> None:
-    with takeover.join(room.control) as service:
-        service.listen(room.url)
-        service.ready()
-    assert service.inherited("anything", LIMIT) is None
-
-
 def test_where_there_is_no_descriptor_left_for_it_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(os.listdir(OPENED))
     monkeypatch.setattr("os.set_blocking", failing(errno.ENOMEM))

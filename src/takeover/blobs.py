@@ -186,10 +186,6 @@ def inherited(controller: Controller, name: str, timeout: float) -> memoryview |
             view, arrival = controller.ask(lambda: controller.blobs.take(name))
         except OSError as error:
             raise LocalError(f"inherited({name!r}): {error.strerror}") from None
-        except LocalError:
-            if controller.ended.is_set():
-                return None  # the service was closed meanwhile: nothing will come
-            raise
         if arrival is None:
             return view
         if not futures.wait([arrival], max(0.0, deadline - time.monotonic())).done or not arrival.result():

@@ -227,7 +227,7 @@ class Service:
     def inherited(self, name: str, timeout: float = 0.0) -> memoryview | None:
         """What an older process has handed over, from join() on: a read-only view, no copy, freed with its last user.
 
-        None where it does not come within `timeout` seconds, or cannot, the service being closed. Each is given once,
+        None where it does not come within `timeout` seconds, or nobody is left who could send it. Each is given once,
         so that a newer one of the name may be waited for; one that is to go on to the next process is handed over anew.
         Until it is asked for, each takes a descriptor. Raises LocalError where it cannot be mapped.
         """

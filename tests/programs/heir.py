@@ -84,8 +84,18 @@ class Member:
     def inherited_while_closing(self) -> str:
         """A thread waits for a blob that never comes; the service is closed meanwhile."""
         found: list[object] = []
+        asked = threading.Event()
+        blobs = self.service._controller.blobs
+        take = blobs.take
+
+        def take_and_tell(name: str) -> Any:
+            asked.set()
+            return take(name)
+
+        blobs.take = take_and_tell  # type: ignore[method-assign]
         waits = threading.Thread(target=lambda: found.append(self.service.inherited("never", 600.0)))
         waits.start()
+        assert asked.wait(20)
         self.service.close()
         waits.join(20)
         return repr(found)
