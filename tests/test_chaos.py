@@ -56,7 +56,7 @@ FAILED_ONCE = (
     *("listeners/ENOSPC/incumbent/1/epoll_ctl/2", "listeners/ENOBUFS/successor/0/getsockopt/1"),
     *("live/ETOOMANYREFS/successor/1/sendmsg/1", "live/ENOMEM/successor/1/memfd_create/1"),
     *("live/ENOBUFS/successor/1/socketpair/1", "live/ENOSPC/successor/0/epoll_ctl/2"),
-    "live/ECONNRESET/incumbent/0/recvmsg/3",
+    *("live/ECONNRESET/incumbent/0/recvmsg/3", "listeners/EMFILE/successor/0/fcntl/1"),
 )
 """Errors of the kernel that had once cost the service, the connections or a traceback."""
 

@@ -96,11 +96,10 @@ def serve(
             with join(control, server=server, dry_run=dry_run, drain_timeout=drain_timeout, **settings) as member:
                 server.member = member
                 socks = [sock for url in listen for sock in listen_for_streams(member, url)]
-                report = member.ready(partial(_listen, server, member, socks, handler))
+                report = member.ready(partial(_start, server, member, socks, handler))
                 tell_start(report, listen, backend, dry_run=dry_run)
                 if dry_run:
                     return
-                _handle_signals(server, member)
                 server.loop.run()
                 member.leave()
                 logger.info("ended")
@@ -111,10 +110,11 @@ def serve(
         raise server.failure
 
 
-def _listen(server: NativeServer, member: Service, socks: list[socket.socket], handler: Any) -> None:
+def _start(server: NativeServer, member: Service, socks: list[socket.socket], handler: Any) -> None:
     try:
         for sock in socks:
             server.listeners[member.name_of(sock)] = server.loop.listen(sock, handler)
+        _handle_signals(server, member)
     except OSError as error:
         raise LocalError(f"what was taken over cannot be served here: {error.strerror}") from None
 
