@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 
-from sanitized import copy
+from sanitized import build
 
 LEAST = {"src": 98.0, "ext": 95.0}
 """Percent, of lines and branches together in src/, of lines in ext/."""
@@ -72,7 +72,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="takeover-covered-") as name:
         folder = pathlib.Path(name)
         folder.chmod(0o755)
-        copy(folder)
+        build(folder, TAKEOVER_LINETRACE="1")
         (folder / "data").mkdir()
         (folder / "data").chmod(0o1777)  # some processes of the tests are another user's
         configuration = folder / ".coveragerc"
@@ -81,14 +81,10 @@ def main() -> int:
             **{key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"},
             "COVERAGE_RCFILE": str(configuration),
             "PYTHONPATH": str(folder / "src"),
-            "TAKEOVER_EXT": "require",
-            "TAKEOVER_LINETRACE": "1",
             "TAKEOVER_TEST_EXT": "require",
             "TAKEOVER_TEST_GENTLE": "1",
             "TAKEOVER_TEST_STEP": os.environ.get("TAKEOVER_TEST_STEP", "20"),
         }
-        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(build, cwd=folder, env=environment, check=True, stderr=subprocess.DEVNULL)
         run = [sys.executable, "-m", "coverage", "run", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         limits = ["-n", "3", "--timeout", "240"]
         tests = sys.argv[1:] or ["tests", *(f"--ignore=tests/{file}" for file in LEFT_OUT)]

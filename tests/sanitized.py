@@ -33,27 +33,23 @@ def library(name: str) -> str:
     return found.stdout.strip()
 
 
-def copy(folder: pathlib.Path) -> None:
-    """What a build and the tests need, without what was built before."""
+def build(folder: pathlib.Path, **variables: str) -> None:
+    """Copies what a build and the tests need, without what was built before, and compiles it there, in place."""
     for name in (*FOLDERS, "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "*.c", "__pycache__"))
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "_*.c", "__pycache__"))
         else:
             shutil.copy(source, folder / name)
-
-
-def build(folder: pathlib.Path) -> None:
-    copy(folder)
-    environment = {**os.environ, "TAKEOVER_EXT": "require", "TAKEOVER_SANITIZE": SANITIZERS}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--parallel", "2"]
+    environment = {**os.environ, "TAKEOVER_EXT": "require", **variables}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=folder, env=environment, check=True, stderr=subprocess.DEVNULL)
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="takeover-sanitized-") as name:
         folder = pathlib.Path(name)
-        build(folder)
+        build(folder, TAKEOVER_SANITIZE=SANITIZERS)
         reports = f"log_path={folder / 'report'}"
         environment = {
             **{key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"},

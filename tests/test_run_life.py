@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import pytest
 
 from clients import LIMIT, eventually
-from processes import Program, Room, state_of
+from processes import Program, Room, private_memory, state_of
 from supervised import SERVED, deploy, do, is_gone, processes_of, supervise, wait_until_gone, who
 
 MOST_MEMORY = 15 * 1024
@@ -245,12 +245,6 @@ def test_it_works_as_pid_1_and_leaves_no_zombie_there(room: Room) -> None:
         eventually(lambda: is_gone(pid) or state_of(pid) != "Z", "it was waited for")  # noqa: B023
     os.kill(children_of(namespace.pid)[0], signal.SIGTERM)
     assert namespace.wait() == 0
-
-
-def private_memory(pid: int) -> int:
-    """In kB, proc_pid_smaps(5)."""
-    text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(map(int, re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE)))
 
 
 def switches(pid: int) -> int:

@@ -357,7 +357,7 @@ def test_after_a_privilege_drop_the_same_user_takes_over_and_root_refuses_to(roo
 
 @ROOT_ONLY
 def test_what_root_serves_is_not_taken_over_by_a_lesser_user_that_nobody_has_allowed(room: Room) -> None:
-    """Also where somebody has opened the socket's file to everybody; where the user is allowed, the takeover works."""
+    """Also where somebody has opened the files of the socket and the lock to everybody."""
     os.chmod(room.folder, 0o755)
     old = room.echo()
     room.wait_for_owner(old)

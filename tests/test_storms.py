@@ -16,19 +16,13 @@ import sys
 import pytest
 
 from clients import LIMIT, echo_once, eventually
-from processes import PROGRAMS, STEP, Room, stop
+from processes import PROGRAMS, STEP, Room, private_memory, stop
 from test_namespaces import may
 
 NET = may("--net")
 CROWD = 18_000 // min(STEP, 3)
 BACKLOG = int(pathlib.Path("/proc/sys/net/core/somaxconn").read_text()) if sys.platform == "linux" else 0
 BURST = BACKLOG + 1500
-
-
-def private(pid: int) -> int:
-    """Bytes of memory that a process has of its own."""
-    rows = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return 1024 * sum(int(row.split()[1]) for row in rows if row.startswith("Private_"))
 
 
 class Deaf:
@@ -68,7 +62,7 @@ def test_clients_that_send_and_read_nothing_cost_little_memory_and_no_byte(room:
     """300 of them, each with all that both kernels hold and the server's own bounded backlog."""
     old = room.echo()
     room.wait_for_owner(old)
-    empty = private(old.pid)
+    empty = private_memory(old.pid)
     with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
         deaf = [Deaf(room.address, seed) for seed in range(300)]
         for each in deaf:
@@ -77,7 +71,7 @@ def test_clients_that_send_and_read_nothing_cost_little_memory_and_no_byte(room:
         while ready := selector.select(0.5):
             for key, _ in ready:
                 key.data.send()
-        assert private(old.pid) - empty < len(deaf) * (320 << 10)
+        assert private_memory(old.pid) - empty < len(deaf) * 320
         load = room.pound()
         load.goes_on()
         new = room.echo()
