@@ -94,6 +94,7 @@ class Scene:
         tracer = stage.run(sys.executable, TRACER, json.dumps(wishes), stdin=subprocess.PIPE)
         tracer.wait_for("ready")
         self.programs["successor"] = stage.start(gated=True)
+        self.programs["successor"].wait_for("gated")
         tracer.tell(f"{self.programs['incumbent'].pid} {self.programs['successor'].pid}")
         tracer.wait_for("seized")
         self.programs["successor"].tell()

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
-import sys
 from typing import Any
 
-from processes import FAST, PROGRAMS, Program, Room
+from processes import FAST, Program, Room
 
 PROBATION = 0.1
 DRAIN_TIMEOUT = 5.0
 """Seconds that a process has whose successor was killed before it could take the connections over."""
-
-GATED = 'read _; exec "$@"'
-"""A shell that becomes the command when a line comes: whoever wants to trace it does so before its first call."""
 
 
 class Stage(Room):
@@ -32,6 +27,7 @@ class Stage(Room):
         return self.folder
 
     def start(self, gated: bool = False) -> Program:
+        """gated: it waits for a line on its standard input, so that it can be traced from the first call that matters."""
         options: dict[str, Any] = {
             "listen": [self.url],
             "control": self.control,
@@ -39,11 +35,10 @@ class Stage(Room):
             "probation": PROBATION,
             "drain_timeout": DRAIN_TIMEOUT,
         }
-        argument = json.dumps({"options": options, "limits": FAST})
-        command = [sys.executable, str(PROGRAMS / "echo.py"), argument]
+        wishes = {"options": options, "limits": FAST}
         if gated:
-            return self.run("sh", "-c", GATED, "sh", *command, stdin=subprocess.PIPE)
-        return self.run(*command)
+            return self.program("echo.py", {**wishes, "gated": True}, stdin=subprocess.PIPE)
+        return self.program("echo.py", wishes)
 
     @staticmethod
     def knows_the_end_of(survivor: Program, is_successor: bool, owner: int | None) -> bool:

@@ -26,9 +26,15 @@ def signal_late() -> None:
 
 
 def main() -> None:
-    """Its argument: {"options": of serve(), "limits": of join(), "boundaries", "above", "nofile", "uid", "late"}."""
+    """Its argument: {"options": of serve(), "limits": of join(), "boundaries", "above", "nofile", "uid", "late", "gated"}.
+
+    With "gated" it says so and waits for a line before it does anything: whoever wants to trace it does so meanwhile.
+    """
     wishes: dict[str, Any] = json.loads(sys.argv[1])
     prepare(wishes)
+    if "gated" in wishes:
+        print("gated", flush=True)
+        sys.stdin.readline()
     if "late" in wishes:
         signal_late()
     if "uid" in wishes:
