@@ -27,7 +27,7 @@ class Stage(Room):
         return self.folder
 
     def start(self, gated: bool = False) -> Program:
-        """gated: it waits for a line on its standard input, so that it can be traced from the first call that matters."""
+        """gated: it waits for a line on its standard input, and can be traced meanwhile."""
         options: dict[str, Any] = {
             "listen": [self.url],
             "control": self.control,

@@ -26,7 +26,7 @@ def signal_late() -> None:
 
 
 def main() -> None:
-    """Its argument: {"options": of serve(), "limits": of join(), "boundaries", "above", "nofile", "uid", "late", "gated"}.
+    """Its argument: {"options": of serve(), "limits": of join(), "uid", "late", "gated", and what prepare() grants}.
 
     With "gated" it says so and waits for a line before it does anything: whoever wants to trace it does so meanwhile.
     """
