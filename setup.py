@@ -19,6 +19,8 @@ if EXT not in ("auto", "require", "skip"):
 SANITIZE = os.environ.get("TAKEOVER_SANITIZE", "")
 SANITIZED = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"] if SANITIZE else []
 LINETRACE = os.environ.get("TAKEOVER_LINETRACE") == "1"
+UNTRACED = "_keeper"
+"""It has no interpreter that could trace it."""
 SOURCES = pathlib.Path("ext/takeover")
 
 
@@ -45,8 +47,7 @@ extension_modules = [
         f"takeover.{path.stem}",
         [(path.resolve() if LINETRACE else path).as_posix()],
         include_dirs=["ext"],
-        # The keeper has no interpreter that could trace it.
-        define_macros=[("CYTHON_TRACE_NOGIL", "1")] if LINETRACE and path.stem != "_keeper" else [],
+        define_macros=[("CYTHON_TRACE_NOGIL", "1")] if LINETRACE and path.stem != UNTRACED else [],
         optional=EXT == "auto",
         extra_compile_args=[
             *("-O2", "-Wall", "-Wno-unreachable-code"),
@@ -60,5 +61,11 @@ extension_modules = [
 if LINETRACE:
     from Cython.Build import cythonize
 
-    extension_modules = cythonize(extension_modules, compiler_directives={"linetrace": True}, quiet=True)
+    extension_modules = [
+        traced
+        for module in extension_modules
+        for traced in cythonize(
+            [module], compiler_directives={"linetrace": not module.name.endswith(UNTRACED)}, quiet=True
+        )
+    ]
 setup(ext_modules=extension_modules, cmdclass={"build_ext": BuildInParallel, "build_py": BuildWithInterfaces})
