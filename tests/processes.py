@@ -83,9 +83,10 @@ def descriptors_at_rest(pid: int) -> dict[str, int] | None:
 class Program:
     """One process and the lines that it writes; it is killed at the end of its room, by its pid."""
 
-    def __init__(self, command: Sequence[str], **options: Any) -> None:
+    def __init__(self, command: Sequence[str], start: Callable[..., Any] = subprocess.Popen, **options: Any) -> None:
+        """start: what makes a process of the command and the options of subprocess.Popen."""
         settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
-        self.process = subprocess.Popen(command, **settings)
+        self.process = start(command, **settings)
         self.pid = self.process.pid
         self.lines: list[str] = []
         self._changed = threading.Condition()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 from typing import Any
 
 from processes import FAST, Program, Room
+
+from .nursery import Nursling, nursery
 
 PROBATION = 0.1
 DRAIN_TIMEOUT = 5.0
@@ -20,6 +23,11 @@ class Stage(Room):
         super().__init__(backend)
         self.kind = kind
         self.tells = False
+
+    def run(self, *command: str, **options: Any) -> Program:
+        """Starts a program of Python in this room."""
+        start = functools.partial(Nursling, nursery(self.backend))
+        return super().run(*command, start=start, **options)
 
     @property
     def mark(self) -> str:
