@@ -1,8 +1,8 @@
 """Looks for leaks with LeakSanitizer after many moves of connections between two loops: `python tests/leaks.py`.
 
 Builds the modules with AddressSanitizer in a temporary folder. LeakSanitizer is asked while the interpreter lives, so
-that what it keeps to its end is no leak; memory that nothing points to is. A piece of memory that is lost on purpose has
-to be found first. The exit status is 1 where anything else is found.
+that what it keeps to its end is no leak; memory that nothing points to is. A piece of memory that is lost on purpose
+has to be found first. The exit status is 1 where anything else is found.
 """
 
 from __future__ import annotations
