@@ -5,11 +5,14 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
 from clients import LIMIT
 from processes import Room
+from takeover.errors import UsageError
+from takeover.interpreter import LOWER_HALVES, refuse_subinterpreters
 
 IN_A_SUBINTERPRETER = """
 import sys
@@ -44,6 +47,34 @@ def test_a_subinterpreter_is_refused_in_one_clear_line(room: Room) -> None:
         "refused: takeover does not work in a subinterpreter: use it in the main one, or start a process",
         "the main interpreter has joined",
     ], done.stderr
+
+
+@pytest.mark.parametrize("has", LOWER_HALVES)
+def test_a_subinterpreter_is_known_by_either_name_of_the_module_that_tells(
+    has: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Told(ModuleType):
+        here = 0
+
+        def get_current(self) -> tuple[int, int]:
+            return self.here, 1
+
+        def get_main(self) -> tuple[int, int]:
+            return 0, 1
+
+    module = Told(has)
+    for name in LOWER_HALVES:
+        monkeypatch.setitem(sys.modules, name, module if name == has else None)  # type: ignore[arg-type]
+    refuse_subinterpreters()
+    module.here = 1
+    with pytest.raises(UsageError, match="does not work in a subinterpreter"):
+        refuse_subinterpreters()
+
+
+def test_where_python_was_built_without_subinterpreters_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LOWER_HALVES:
+        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+    refuse_subinterpreters()
 
 
 def test_no_module_says_that_it_runs_without_the_gil_before_that_is_proven() -> None:

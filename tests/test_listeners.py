@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import random
 import socket
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ from contextlib import contextmanager
 import pytest
 
 import takeover
-from clients import eventually
-from processes import Room
+from clients import LIMIT, eventually
+from processes import Room, free_address
 from takeover import listeners
 from takeover.errors import AddressError, ListenError
 
@@ -61,6 +62,67 @@ def test_the_same_address_twice_is_a_mistake_also_under_another_spelling(room: R
 def test_one_socket_is_not_enough_for_an_address_that_stands_for_several(room: Room) -> None:
     with takeover.join(room.control) as service, pytest.raises(AddressError, match="listen_all"):
         service.listen("tcp://127.0.0.1:0?reuseport=2")
+
+
+def opened() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def bind(url: str) -> socket.socket:
+    (address,) = listeners.resolve(url)
+    return listeners.bind(address)
+
+
+def test_a_socket_file_that_nobody_listens_on_is_replaced(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "s"
+    bind(f"unix:{path}").close()
+    assert path.is_socket()
+    with bind(f"unix:{path}") as sock, socket.socket(socket.AF_UNIX) as client:
+        listeners.listen(sock, str(path))
+        client.connect(str(path))
+
+
+@pytest.mark.parametrize("way", ["listens", "has a full queue", "takes datagrams"])
+def test_a_socket_file_of_somebody_who_lives_stays(tmp_path: pathlib.Path, way: str) -> None:
+    path = str(tmp_path / "s")
+    kind = socket.SOCK_DGRAM if way == "takes datagrams" else socket.SOCK_STREAM
+    with socket.socket(socket.AF_UNIX, kind) as theirs, socket.socket(socket.AF_UNIX, kind) as client:
+        theirs.bind(path)
+        if kind == socket.SOCK_STREAM:
+            theirs.listen(0)
+        if way == "has a full queue":
+            client.connect(path)
+        before, inode = opened(), os.lstat(path).st_ino
+        with pytest.raises(ListenError, match="somebody else is listening there"):
+            bind(f"unix:{path}")
+        assert (opened(), os.lstat(path).st_ino) == (before, inode)
+
+
+def test_what_is_in_the_way_of_a_unix_listener_and_is_no_socket_stays(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "s"
+    path.write_text("somebody's")
+    before = opened()
+    with pytest.raises(ListenError, match="something in the way that is not a socket"):
+        bind(f"unix:{path}")
+    assert (opened(), path.read_text()) == (before, "somebody's")
+
+
+def test_an_address_on_which_somebody_else_began_to_listen_meanwhile_is_said_to_be_taken() -> None:
+    """Two may be bound to one address (SO_REUSEADDR) as long as neither listens."""
+    host, port = free_address()
+    url = f"tcp://{host}:{port}"
+    with bind(url) as theirs, bind(url) as ours:
+        listeners.listen(theirs, url)
+        with pytest.raises(ListenError, match=f"listen {url}: somebody else is listening there"):
+            listeners.listen(ours, url)
+
+
+def test_where_the_kernel_takes_no_filter_a_listener_goes_on_letting_in() -> None:
+    lock_filter = 44  # SO_LOCK_FILTER of socket(7): what is attached stays, also where that is nothing
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, lock_filter, 1)
+        assert not listeners.refuse_new(sock)
+        socket.create_connection(sock.getsockname(), LIMIT).close()
 
 
 def test_an_ipv6_listener_takes_ipv6_only_unless_told_otherwise(room: Room) -> None:

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from importlib import import_module
 
 from .errors import UsageError
 
-
-def _interpreters() -> Any:
-    """The module of PEP 734's lower half, by either of its names; None where Python was built without it."""
-    try:
-        import _interpreters  # type: ignore[import-not-found, unused-ignore]
-
-        return _interpreters
-    except ImportError:
-        pass
-    try:
-        import _xxsubinterpreters  # type: ignore[import-not-found, unused-ignore]
-
-        return _xxsubinterpreters
-    except ImportError:
-        return None
+LOWER_HALVES = ("_interpreters", "_xxsubinterpreters")
+"""The module below PEP 734's, by either of its names; Python may have been built without it."""
 
 
 def refuse_subinterpreters() -> None:
@@ -29,6 +17,10 @@ def refuse_subinterpreters() -> None:
     The compiled modules can be imported in one interpreter only, signals come to the main one, others may neither fork
     nor have daemon threads; and a service is of a process, not of a part of one.
     """
-    interpreters = _interpreters()
-    if interpreters is not None and interpreters.get_current() != interpreters.get_main():
-        raise UsageError("takeover does not work in a subinterpreter: use it in the main one, or start a process")
+    for name in LOWER_HALVES:
+        with contextlib.suppress(ImportError):
+            interpreters = import_module(name)
+            if interpreters.get_current() != interpreters.get_main():
+                raise UsageError(
+                    "takeover does not work in a subinterpreter: use it in the main one, or start a process"
+                )

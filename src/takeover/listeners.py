@@ -155,13 +155,9 @@ def _remove_stale(address: Address) -> None:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
-        try:
-            probe.connect(address.address)
-        except ConnectionRefusedError:
+        if probe.connect_ex(address.address) == errno.ECONNREFUSED:
             with contextlib.suppress(OSError):
                 os.unlink(address.address)
-        except OSError:
-            pass
 
 
 def url_of(sock: socket.socket) -> str:

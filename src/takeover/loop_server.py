@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from .protocol import Limits
 from .service import Service
 from .taker import Taker
 
-GUARD = b"\0" * 8 + (1000).to_bytes(8, "little")
+GUARD = struct.pack("@ll", 0, 1000)
 """A struct timeval of one millisecond. As SO_RCVTIMEO of a listener it bounds accept(2) even where another process that
 shares the listener has made it blocking: O_NONBLOCK belongs to the open file, not to the descriptor."""
 
