@@ -12,7 +12,7 @@ import pytest
 import takeover
 from clients import LIMIT, echo_once, eventually
 from processes import Program, Room, descriptors, state_of
-from takeover import keeper, query
+from takeover import _keeper_py, keeper, query
 from takeover.control import ControlPath
 from takeover.errors import LocalError, NotRunning, TimedOut
 
@@ -422,3 +422,17 @@ def test_what_is_not_a_keeper_is_not_taken_for_one(room: Room) -> None:
     with open(f"{room.control}.keeper", "w"), pytest.raises(LocalError, match="not a socket"):
         takeover.join(room.control, keeper=True)
     os.unlink(f"{room.control}.keeper")
+
+
+@pytest.mark.parametrize("interpreter", ["", "/nonexistent/python"])
+def test_where_the_interpreter_cannot_be_run_the_plain_keeper_is_refused_with_a_reason(
+    interpreter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", interpreter)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        before = descriptors(os.getpid())
+        reason = f"start the keeper: {interpreter}: No such file" if interpreter else "does not say which interpreter"
+        with pytest.raises(LocalError, match=reason):
+            _keeper_py.start(ours.fileno(), theirs.fileno(), [os.geteuid()])
+        assert descriptors(os.getpid()) == before
