@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
+import pathlib
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from clients import eventually
+from clients import LIMIT, eventually
 from processes import Room
-from takeover import query
-from takeover.errors import NotRunning
+from takeover import cli, cli_screens, demo, query
+from takeover.errors import NotRunning, TakeoverError
 
 
 def run(room: Room, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -84,34 +91,122 @@ def test_status_for_a_person_tells_what_has_moved(room: Room) -> None:
     assert "1 in, 0 out" in shown and "longest standstill" in shown
 
 
-def test_on_a_terminal_a_bar_shows_the_connections_that_move(room: Room) -> None:
+@pytest.mark.parametrize("form", [["--json"], []], ids=["json", "table"])
+def test_a_watched_status_is_written_again_and_again_until_it_is_interrupted(room: Room, form: list[str]) -> None:
+    start(room)
+    watching = room.cli("status", "--control", room.control, "--watch", *form)
+    pid = room.programs[0].pid
+
+    def shown() -> list[str]:
+        return [line for line in watching.lines if f"{pid}" in line and "pid" in line]
+
+    eventually(lambda: len(shown()) >= 3, "it is shown three times")
+    watching.signal(signal.SIGINT)
+    assert watching.wait() == 130
+    assert watching.lines[-1] == "takeover: interrupted"
+    if form:
+        assert {json.loads(line)["pid"] for line in shown()} == {pid}
+
+
+def test_a_watch_ends_when_nothing_runs_there_any_more(room: Room) -> None:
+    start(room)
+    watching = room.cli("status", "--control", room.control, "--watch")
+    watching.wait_for("serving")
+    assert run(room, "stop", "--control", room.control).returncode == 0
+    assert watching.wait() == 3
+    assert watching.lines[-1] == f"takeover: nothing is running at {room.control}"
+
+
+class Terminal:
+    """What a terminal shows; `theirs` is the end for a process."""
+
+    def __init__(self) -> None:
+        self._ours, self.theirs = os.openpty()
+        os.set_blocking(self._ours, False)
+        self._shown = bytearray()
+
+    def shows(self, text: bytes, times: int = 1) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            self._shown.extend(os.read(self._ours, 65536))
+        return self._shown.count(text) >= times
+
+    def close(self) -> None:
+        os.close(self._ours)
+        os.close(self.theirs)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    with contextlib.closing(Terminal()) as opened:
+        yield opened
+
+
+def test_on_a_terminal_a_watched_status_takes_the_place_of_the_one_before(room: Room, terminal: Terminal) -> None:
+    start(room)
+    environment = {**room.environment, "TERM": "xterm", "COLUMNS": "120"}
+    watching = room.cli(
+        "status", "--control", room.control, "--watch", stdout=terminal.theirs, stderr=terminal.theirs, env=environment
+    )
+    eventually(lambda: terminal.shows(b"generation", times=3), "it is shown three times")
+    cursor_up = b"\x1b[1A"
+    assert terminal.shows(cursor_up)
+    watching.signal(signal.SIGINT)
+    assert watching.wait() == 130
+    eventually(lambda: terminal.shows(b"takeover: interrupted"), "the last word")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--watch"], ["--json", "--watch"]])
+def test_whoever_reads_a_status_may_stop_reading(room: Room, options: list[str]) -> None:
+    start(room)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as output:
+        asked = subprocess.run(
+            [sys.executable, "-m", "takeover", "status", "--control", room.control, *options],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            env=room.environment,
+            check=False,
+        )
+    assert (asked.returncode, asked.stderr) == (0, b"")
+
+
+def test_status_for_a_person_tells_what_was_refused_and_what_did_not_move() -> None:
+    nothing = {"in": 0, "out": 0, "refused": {}, "drained": {}}
+    assert cli_screens.moves_in_words(nothing) == []
+    told = cli_screens.moves_in_words({**nothing, "refused": {"version": 2, "room": 1024}, "drained": {"busy": 1}})
+    assert told == [("refused", "1,024 room, 2 version"), ("not moved", "1 busy")]
+
+
+@pytest.mark.parametrize(
+    ("keeper", "line"),
+    [
+        ({"pid": 0, "listeners": 0}, "none yet: it is being started"),
+        ({"pid": 0, "listeners": 0, "failure": "no memory"}, "none yet: no memory"),
+        ({"pid": 7, "listeners": 2, "failure": "it does not answer"}, "none yet: it does not answer"),
+        ({"pid": 7, "listeners": 2}, "pid 7 holds 2 listeners"),
+        ({"pid": 7, "listeners": 2, "private_kib": 4096}, "pid 7 holds 2 listeners, 4,096 KiB of its own"),
+    ],
+)
+def test_status_for_a_person_tells_of_the_keeper(keeper: dict[str, object], line: str) -> None:
+    assert cli_screens.keeper_in_words(keeper) == line
+
+
+def test_on_a_terminal_a_bar_shows_the_connections_that_move(room: Room, terminal: Terminal) -> None:
     start(room, "--probation", "0")
-    ours, theirs = os.openpty()
-    socks = [room.connect() for _ in range(100)]
-    try:
-        for sock in socks:
+    with contextlib.ExitStack() as opened:
+        for _ in range(100):
+            sock = opened.enter_context(room.connect())
             sock.sendall(b"x")
             assert sock.recv(1) == b"x"
         environment = {**room.environment, "TERM": "xterm", "COLUMNS": "120"}
         options = ("--listen", room.url, "--control", room.control, "--probation", "0")
-        new = room.cli("echo", *options, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
+        new = room.cli("echo", *options, stdout=subprocess.DEVNULL, stderr=terminal.theirs, env=environment)
         room.wait_for_owner(new)
         eventually(lambda: room.status()["moved"]["in"] == 100, "all have moved")
-        os.set_blocking(ours, False)
-        shown = bytearray()
-
-        def shows(text: bytes) -> bool:
-            with contextlib.suppress(BlockingIOError):
-                shown.extend(os.read(ours, 65536))
-            return text in shown
-
         for text in (b"moving connections", b"of 100 moved", b"still drain"):
-            eventually(lambda: shows(text), f"the terminal shows {text!r}")  # noqa: B023 - called before the next one
-    finally:
-        for sock in socks:
-            sock.close()
-        os.close(ours)
-        os.close(theirs)
+            eventually(lambda: terminal.shows(text), f"the terminal shows {text!r}")  # noqa: B023 - called before the next
 
 
 def test_options_have_environment_twins(room: Room) -> None:
@@ -156,6 +251,72 @@ def test_the_demo_loses_nothing_and_accounts_for_it(room: Room) -> None:
     assert "was killed in the middle of its takeover" in shown.stdout
     account = [line for line in shown.stdout.splitlines() if "new connects failed" in line]
     assert len(account) == 1 and " 0 " in account[0]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("what", ["talks", "comes anew"])
+@pytest.mark.parametrize("answer", [b"?" * 64, b"short", b""], ids=["another", "short", "none"])
+def test_the_demo_counts_what_its_clients_lose_and_tells_of_the_first(what: str, answer: bytes) -> None:
+    async def play() -> demo.Tally:
+        async def misbehave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readline()
+            writer.write(answer)
+            writer.close()
+            played.leaving.set()
+
+        server = await asyncio.start_server(misbehave, "127.0.0.1", 0)
+        played = demo.Demo(1, print)
+        played.address = server.sockets[0].getsockname()[:2]
+        async with server:
+            await asyncio.wait_for(played.talk() if what == "talks" else played.knock(), LIMIT)
+        return played.tally
+
+    tally = asyncio.run(play())
+    assert (tally.lost, tally.failed) == ((1, 0) if what == "talks" else (0, 1))
+    assert not tally.clean
+    who = "a client that talks" if what == "talks" else "a new client"
+    how = "another message came back" if answer.startswith(b"?") else "IncompleteReadError"
+    assert tally.first_failure.startswith(f"{who}: ") and how in tally.first_failure
+
+
+@pytest.mark.once
+def test_a_demo_in_which_something_was_lost_ends_with_exit_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def lose(played: demo.Demo) -> None:
+        for reason in ("the first", "the second"):
+            played.tally.lost += 1
+            played.tally.failure("a client that talks", ValueError(reason))
+
+    monkeypatch.setattr(demo.Demo, "run", lose)
+    shown = CliRunner().invoke(cli.main, ["demo"])
+    assert shown.exit_code == 1
+    assert "clients that stayed and lost a message" in shown.output
+    last = "takeover: something was lost; the first of it: a client that talks: ValueError('the first')"
+    assert shown.output.splitlines()[-1] == last
+
+
+@pytest.mark.once
+def test_a_demo_whose_server_does_not_come_up_says_so_and_leaves_nothing_behind(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a server that does not end when it is told to is killed."""
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start_another(_command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            started.append(popen(["sleep", "600"], **options))
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return started[-1]
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(demo, "PATIENCE", 0.1)
+    monkeypatch.setattr(subprocess, "Popen", start_another)
+    with pytest.raises(TakeoverError, match="generation 1 does not come up"):
+        asyncio.run(demo.Demo(1, print).run())
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_command_that_shows_nothing_does_not_wait_for_what_shows_things() -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -109,23 +110,11 @@ def demo(clients: int) -> None:
     """
     import asyncio
 
-    from rich.console import Console
-    from rich.live import Live
+    from .cli_screens import play
 
-    from .cli_screens import render_account, render_demo
-    from .demo import Demo
-
-    console = Console()
-    show = Demo(clients, lambda line: console.print(f"[bold]{line}"))
-
-    async def play() -> None:
-        with Live(console=console, get_renderable=lambda: render_demo(show), refresh_per_second=8, transient=True):
-            await show.run()
-
-    asyncio.run(play())
-    console.print(render_account(show.tally))
-    if not show.tally.clean:
-        say(f"something was lost; the first of it: {show.tally.first_failure}")
+    tally = asyncio.run(play(clients))
+    if not tally.clean:
+        say(f"something was lost; the first of it: {tally.first_failure}")
         sys.exit(1)
 
 
@@ -140,32 +129,24 @@ def demo(clients: int) -> None:
 def status(control: str, as_json: bool, watch: bool, here: bool) -> None:
     """Show who serves: pid, generation, state, listeners, connections, the last takeover."""
 
-    def ask() -> dict[str, Any]:
-        report = query.status(control)
-        if here:
-            query.expect_here(report)
-        return report
+    def reports() -> Iterator[dict[str, Any]]:
+        while True:
+            report = query.status(control)
+            if here:
+                query.expect_here(report)
+            yield report
+            if not watch:
+                return
+            time.sleep(1)
 
     if as_json:
-        click.echo(json.dumps(ask(), indent=None if watch else 2))
-        while watch:
-            time.sleep(1)
-            click.echo(json.dumps(ask()))
+        for report in reports():
+            click.echo(json.dumps(report, indent=None if watch else 2))
         return
 
-    from rich.console import Console
-    from rich.live import Live
+    from .cli_screens import show
 
-    from .cli_screens import render
-
-    console = Console()
-    if not watch:
-        console.print(render(ask()))
-        return
-    with Live(render(ask()), console=console, auto_refresh=False) as live:
-        while True:
-            time.sleep(1)
-            live.update(render(ask()), refresh=True)
+    show(reports(), watch)
 
 
 @main.command()

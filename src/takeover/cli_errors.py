@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -33,6 +34,9 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             say("interrupted")
             sys.exit(130)
         except BrokenPipeError:
+            # What the buffer still holds is written when the interpreter ends, which would complain.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
             sys.exit(0)
 
     return run

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -17,6 +19,14 @@ from .channel import in_words
 if TYPE_CHECKING:
     from .channel import Account
     from .demo import Demo, Tally
+
+
+class Screen(Console):
+    """Standard output."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Called while BrokenPipeError is handled; what it means is the same whoever has written (cli_errors.py)."""
+        raise  # noqa: PLE0704
 
 
 class MoveBar:
@@ -49,6 +59,18 @@ class MoveBar:
         if account.moved_in >= account.expected:
             self._progress.stop()
             self._progress = None
+
+
+async def play(clients: int) -> Tally:
+    """Plays the demo and shows it; what the clients have seen."""
+    from .demo import Demo
+
+    screen = Screen()
+    demo = Demo(clients, lambda line: screen.print(f"[bold]{line}"))
+    with Live(console=screen, get_renderable=lambda: render_demo(demo), refresh_per_second=8, transient=True):
+        await demo.run()
+    screen.print(render_account(demo.tally))
+    return demo.tally
 
 
 def render_demo(show: Demo) -> Table:
@@ -161,3 +183,15 @@ def render(report: dict[str, Any]) -> Table:
         table.add_row("last takeover", f"{last['outcome']}, as {last['role']}, with {peer}{reason}")
         table.add_row("", phases)
     return table
+
+
+def show(reports: Iterator[dict[str, Any]], watch: bool) -> None:
+    """Each status; where it is watched on a terminal, in the place of the one before."""
+    screen = Screen()
+    if not (watch and screen.is_terminal):
+        for report in reports:
+            screen.print(render(report))
+        return
+    with Live(render(next(reports)), console=screen, auto_refresh=False) as live:
+        while True:
+            live.update(render(next(reports)), refresh=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,35 +56,50 @@ class Tally:
         self.first_failure = self.first_failure or f"{what}: {error!r}"
 
 
+async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes) -> None:
+    """Sends the message, which must come back as it was."""
+    writer.write(message)
+    if await reader.readexactly(len(message)) != message:
+        raise ValueError("another message came back")
+
+
 class Demo:
-    """The processes, the clients and the account; `told` is called with each step of the story."""
+    """The processes, the clients and the account; `told` is called with each step of the story.
+
+    The clients talk to `address` until they are told that they are `leaving`.
+    """
 
     def __init__(self, clients: int, told: Callable[[str], None]) -> None:
         self.clients = clients
         self.tally = Tally()
         self.told = told
         self.status: dict[str, Any] = {}
-        self._folder = tempfile.mkdtemp(prefix="takeover-demo-")
-        self._control = os.path.join(self._folder, "takeover.sock")
-        self._log = Path(self._folder, "log")
+        self._control = ""
+        self._log = Path()
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._address = ("", 0)
-        self._leaving = asyncio.Event()
+        self.address = ("", 0)
+        self.leaving = asyncio.Event()
 
     async def run(self) -> None:
         """Plays the whole story. Raises TakeoverError if a process does not do its part."""
-        try:
-            await self._start_server(1)
-            host, _, port = self.status["listeners"][0]["address"].rpartition("://")[2].rpartition(":")
-            self._address = (host, int(port))
-            async with self._traffic():
-                self.told(f"{self.clients} clients talk to pid {self.status['pid']}, and new ones come all the while")
-                await asyncio.sleep(1.5)
-                await self._take_over(2)
-                await self._kill_half_way()
-                await self._take_over(3)
-        finally:
-            await asyncio.get_running_loop().run_in_executor(None, self._clean_up)
+        with tempfile.TemporaryDirectory(prefix="takeover-demo-", ignore_cleanup_errors=True) as folder:
+            self._control = os.path.join(folder, "takeover.sock")
+            self._log = Path(folder, "log")
+            try:
+                await self._play()
+            finally:
+                await asyncio.get_running_loop().run_in_executor(None, self._end_processes)
+
+    async def _play(self) -> None:
+        await self._start_server(1)
+        host, _, port = self.status["listeners"][0]["address"].rpartition("://")[2].rpartition(":")
+        self.address = (host, int(port))
+        async with self._traffic():
+            self.told(f"{self.clients} clients talk to pid {self.status['pid']}, and new ones come all the while")
+            await asyncio.sleep(1.5)
+            await self._take_over(2)
+            await self._kill_half_way()
+            await self._take_over(3)
 
     async def _take_over(self, generation: int) -> None:
         before = self.status["pid"]
@@ -102,10 +116,7 @@ class Demo:
 
     async def _kill_half_way(self) -> None:
         self.tally.in_takeover = True
-        victim = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
-            [sys.executable, "-c", HALF_WAY, self._control, URL], stdout=subprocess.PIPE, stderr=self._log.open("ab")
-        )
-        self._processes.append(victim)
+        victim = self._start("-c", HALF_WAY, self._control, URL, stdout=subprocess.PIPE)
         assert victim.stdout is not None
         await asyncio.get_running_loop().run_in_executor(None, victim.stdout.readline)
         victim.stdout.close()
@@ -117,10 +128,8 @@ class Demo:
         await asyncio.sleep(1.0)
 
     async def _start_server(self, generation: int) -> None:
-        command = [sys.executable, "-m", "takeover", "echo", "--listen", URL, "--control", self._control]
-        options = ["--probation", "0.2", "--drain-timeout", "10"]
-        server = subprocess.Popen([*command, *options], stderr=self._log.open("ab"))  # noqa: ASYNC220 - as above
-        self._processes.append(server)
+        options = ("--listen", URL, "--control", self._control, "--probation", "0.2", "--drain-timeout", "10")
+        self._start("-m", "takeover", "echo", *options)
         deadline = time.monotonic() + PATIENCE
         while self.status.get("generation") != generation or self.status.get("state") != "serving":
             if time.monotonic() > deadline:
@@ -129,18 +138,24 @@ class Demo:
             with contextlib.suppress(TakeoverError):
                 await self._look()
 
+    def _start(self, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            process = subprocess.Popen([sys.executable, *arguments], stderr=log, **options)
+        self._processes.append(process)
+        return process
+
     async def _look(self) -> None:
         self.status = await asyncio.get_running_loop().run_in_executor(None, query.status, self._control)
 
     @contextlib.asynccontextmanager
     async def _traffic(self) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(self._talk()) for _ in range(self.clients)]
-        tasks += [asyncio.create_task(self._knock()) for _ in range(2)]
+        tasks = [asyncio.create_task(self.talk()) for _ in range(self.clients)]
+        tasks += [asyncio.create_task(self.knock()) for _ in range(2)]
         watch = asyncio.create_task(self._watch())
         try:
             yield
         finally:
-            self._leaving.set()
+            self.leaving.set()
             watch.cancel()
             await asyncio.gather(watch, *tasks, return_exceptions=True)
 
@@ -150,36 +165,31 @@ class Demo:
             with contextlib.suppress(TakeoverError):
                 await self._look()
 
-    async def _talk(self) -> None:
+    async def talk(self) -> None:
         """A client that stays: one message after the other, each of which must come back as it was."""
         number = 0
         try:
-            reader, writer = await asyncio.open_connection(*self._address)
-            while not self._leaving.is_set():
-                number += 1
-                message = b"%063d\n" % number
-                writer.write(message)
-                if await reader.readexactly(64) != message:
-                    raise ValueError("another message came back")
-                self.tally.echoed += 1
-                await asyncio.sleep(0.02)
-            writer.close()
+            reader, writer = await asyncio.open_connection(*self.address)
+            with contextlib.closing(writer):
+                while not self.leaving.is_set():
+                    number += 1
+                    await echo(reader, writer, b"%063d\n" % number)
+                    self.tally.echoed += 1
+                    await asyncio.sleep(0.02)
         except (OSError, EOFError, ValueError) as error:
             self.tally.lost += 1
             self.tally.failure("a client that talks", error)
 
-    async def _knock(self) -> None:
+    async def knock(self) -> None:
         """New clients, one after the other: connect, one message, gone."""
-        while not self._leaving.is_set():
+        while not self.leaving.is_set():
             began = time.perf_counter()
             self.tally.connects += 1
             try:
-                reader, writer = await asyncio.open_connection(*self._address)
+                reader, writer = await asyncio.open_connection(*self.address)
                 took = (time.perf_counter() - began) * 1000
-                writer.write(b"hello\n")
-                if await reader.readexactly(6) != b"hello\n":
-                    raise ValueError("another message came back")
-                writer.close()
+                with contextlib.closing(writer):
+                    await echo(reader, writer, b"hello\n")
             except (OSError, EOFError, ValueError) as error:
                 self.tally.failed += 1
                 self.tally.failure("a new client", error)
@@ -188,7 +198,7 @@ class Demo:
                 self.tally.slowest[during] = max(self.tally.slowest[during], took)
             await asyncio.sleep(0.003)
 
-    def _clean_up(self) -> None:
+    def _end_processes(self) -> None:
         for process in self._processes:
             process.terminate()
         for process in self._processes:
@@ -197,4 +207,3 @@ class Demo:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
