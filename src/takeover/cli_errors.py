@@ -35,7 +35,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(130)
         except BrokenPipeError:
             # What the buffer still holds is written when the interpreter ends, which would complain.
-            with open(os.devnull, "wb") as nowhere:
+            with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())
             sys.exit(0)
 
