@@ -226,16 +226,13 @@ class ControlPath:
         except (ConnectionRefusedError, FileNotFoundError):
             sock.close()
             return None
-        except BlockingIOError:
-            sock.close()
-            raise ControlPathError(
-                f"connect {self.path}: its queue is full; is the process behind it stopped?"
-            ) from None
         except OSError as error:
             sock.close()
-            hint = (
-                f"it belongs to uid {status.st_uid}" if error.errno in (errno.EACCES, errno.EPERM) else error.strerror
-            )
+            hint = error.strerror
+            if isinstance(error, PermissionError):
+                hint = f"it belongs to uid {status.st_uid}"
+            elif isinstance(error, BlockingIOError):
+                hint = "its queue is full; is the process behind it stopped?"
             raise ControlPathError(f"connect {self.path}: {hint}") from None
 
     def _open_to_others(self) -> None:

@@ -228,12 +228,7 @@ class ControlThread:
             if mask & selectors.EVENT_READ:
                 exchange.readable()
 
-        self._on_event(exchange, work)
-
-    def _on_event(self, exchange: Exchange, work: Callable[[], object]) -> None:
-        """An event may be stale: an earlier one of the same batch may have closed the link."""
-        if self.exchanges.get(exchange, (-1, -1))[0] >= 0:
-            self.run_step(exchange, work)
+        self.run_step(exchange, work)
 
     def _watch(self, exchange: Exchange) -> None:
         """Brings the selector up to date with what the exchange waits for."""
@@ -259,8 +254,7 @@ class ControlThread:
             self.exchanges[exchange] = (sock, pidfd)
 
     def _unregister(self, exchange: Exchange) -> None:
-        for descriptor in self.exchanges.get(exchange, (-1, -1)):
+        for descriptor in self.exchanges[exchange]:
             if descriptor >= 0:
                 self.selector.unregister(descriptor)
-        if exchange in self.exchanges:
-            self.exchanges[exchange] = (-1, -1)
+        self.exchanges[exchange] = (-1, -1)

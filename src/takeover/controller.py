@@ -71,13 +71,13 @@ class Controller(ControlThread):
     # What the successor's side calls.
 
     def own_service(self, successor: Successor) -> None:
-        """The commit: what was inherited is ours now. Listening anew makes the kernel name us as the peer (unix(7))."""
+        """The commit: socket and lock are ours now. Listening anew makes the kernel name us as the peer (unix(7))."""
         for kept in successor.inherited:
             if kept.role == "control":
                 self._listening = socket.socket(fileno=kept.descriptor)
                 self._listening.listen(4096)
                 self._identity = kept.identity
-            elif kept.role == "lock":
+            else:
                 self.keep_lock(kept.descriptor)
         successor.inherited = []
         self.generation = successor.elder.generation + 1
@@ -179,8 +179,7 @@ class Controller(ControlThread):
 
     def yield_service(self, incumbent: Incumbent) -> None:
         """The successor is ready: nobody is accepted here any more, neither on the control socket."""
-        if self._listening is not None and self._listening in self.selector.get_map():
-            self.selector.unregister(self._listening)
+        self._hold_back()
         self.yielded = True
         self.server.stop_accepting(frozenset(incumbent.ready.get("unused", ())))
 
@@ -253,8 +252,7 @@ class Controller(ControlThread):
         self.moments.stopping("stopping")
         if self._lock >= 0:
             self.keeping.end()
-            if self._listening is not None:
-                remove_own(self.control.path, self._identity)
+            remove_own(self.control.path, self._identity)
             for held in self.listeners:
                 if not self.moments.manager.keeps_one(held):
                     held.remove_path()
@@ -342,10 +340,14 @@ class Controller(ControlThread):
         if len(waiting) >= MOST_CONNECTIONS:
             self.run_step(waiting[0], lambda: waiting[0].step(Local.OVERTIME))
 
+    def _hold_back(self) -> None:
+        """Answers nobody at the control socket, until answer()."""
+        if self._listening is not None and self._listening in self.selector.get_map():
+            self.selector.unregister(self._listening)
+
     def _let_go(self) -> None:
+        self._hold_back()
         if self._listening is not None:
-            if self._listening in self.selector.get_map():
-                self.selector.unregister(self._listening)
             self._listening.close()
             self._listening = None
         close_all([self._lock])

@@ -6,12 +6,13 @@ import contextlib
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from typing import ClassVar
 
 from .allowance import SparingLogger
-from .errors import LocalError, PeerError, RemoteProtocolError, TakeoverError
+from .errors import PeerError, RemoteProtocolError, TakeoverError
 from .link import Link, close_all
 from .protocol import FINAL, Action, Do, Event, Limits, Local, Machine, State, Table, budget, silence_limit
 from .wire import Frame, Type, as_text
@@ -53,11 +54,12 @@ def say_failed(what: str, error: Exception) -> None:
         logger.error("%s failed", what, exc_info=error)
 
 
-class Exchange:
+class Exchange(ABC):
     """One Machine on one Link. Everything here runs in one thread.
 
-    `frame` is the message that is being acted on. `boundary` is a seam for tests, which die or stop at it: it is called
-    with the role and the step before and after each action and at each message that arrives.
+    `frame` is the message that is being acted on. `knows_peer`: whether the process that the kernel named is the one at
+    the other end, so that its death is the link's. `boundary` is a seam for tests, which die or stop at it: it is
+    called with the role and the step before and after each action and at each message that arrives.
     """
 
     role: ClassVar[str]
@@ -70,6 +72,7 @@ class Exchange:
         self.limits = limits
         self.machine = Machine(self.table)
         link.expect({event for _, event in self.table if isinstance(event, Type)})
+        self.knows_peer = True
         self.reason = ""
         self.cause: Event | None = None
         self.error: TakeoverError | None = None
@@ -91,11 +94,6 @@ class Exchange:
         return self.machine.state in FINAL
 
     @property
-    def knows_peer(self) -> bool:
-        """Whether the process that the kernel named is the one at the other end, so that its death is the link's."""
-        return True
-
-    @property
     def needs_ticks(self) -> bool:
         """Whether time means anything in the present state."""
         return self.machine.state not in IDLE
@@ -105,23 +103,24 @@ class Exchange:
         """The event that a lost link is in the present state."""
         return Local.LOST
 
+    @abstractmethod
     def owned(self) -> list[int]:
         """The descriptors that the role owns besides its link, for a forked child to close."""
-        return []
 
+    @abstractmethod
     def perform(self, action: Do) -> Event | None:
         """Does what a step asks for; may return the event that comes of it."""
-        raise LocalError(f"{self.role} cannot {action.value}")
 
     def message(self, kind: Type) -> None:
         """Sends the message that a step asks for; roles add bodies and descriptors to those that have any."""
         body = {"reason": as_text(self.reason)} if kind in (Type.ABORT, Type.UNDO) else None
         self.link.send(kind, body)
 
+    @abstractmethod
     def received(self, frame: Frame) -> Event | None:
         """Looks at a message that the table allows now; may return another event in its place, or None to wait."""
-        return frame.type
 
+    @abstractmethod
     def changed(self, before: State) -> None:
         """Called after each change of state."""
 

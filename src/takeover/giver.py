@@ -199,7 +199,7 @@ class Giver(End):
         elif kind is Type.RELEASED:
             self.link.send(kind, self._release)
             self._pump_soon()
-        elif kind is Type.FINISHED:
+        else:
             self.link.send(kind, {"left": dict(self.left)})
 
     def _send_batch(self, batch: Batch) -> None:
@@ -252,7 +252,7 @@ class Giver(End):
         elif action is Do.RELINQUISH_ALL:
             self._forgo(self._staying)
             self._forgo(self.batches)
-        elif action is Do.PUT_BACK:
+        else:
             while self._staying:
                 self._serve_on(self._staying.popleft())
             while self.batches:

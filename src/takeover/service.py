@@ -188,7 +188,7 @@ class Service:
         self._controller.ask(warm)
         successor.committed.result()
         start()
-        self._controller.ask(lambda: self._controller.run_step(successor, successor.accepting))
+        self._controller.ask(lambda: self._controller.run_step(successor, partial(successor.step, Local.ACCEPTING)))
         self._controller.ask(self._controller.moments.ready)
 
     def _serve_cold(self) -> None:
@@ -245,13 +245,7 @@ class Service:
         if not self._is_ready:
             self._give_up(reason)
             return True
-
-        def fail() -> None:
-            if successor.machine.accepts(Local.FAIL):
-                successor.reason = reason
-                self._controller.run_step(successor, lambda: successor.step(Local.FAIL))
-
-        self._controller.ask(fail)
+        self._controller.ask(lambda: self._controller.run_step(successor, partial(successor.give_up, reason)))
         return not successor.kept.result()
 
     def status(self) -> dict[str, Any]:
@@ -291,7 +285,7 @@ class Service:
     def _give_up(self, why: str) -> None:
         successor = self._successor
         if successor is not None and not self._is_ready and not successor.finished:
-            give_up = partial(successor.give_up, Interrupted(why))
+            give_up = partial(successor.give_up, why, Interrupted(why))
             self._controller.ask(lambda: self._controller.run_step(successor, give_up))
 
     def _join(self) -> None:

@@ -75,7 +75,8 @@ class Successor(Exchange):
         self.elder = Elder(link.peer.pid, 0, 0)
         self.ready: Body = {"adopted": [], "bound": [], "unused": []}
         self._channels = 0
-        self._is_peer = False
+        # HELLO tells: the kernel names who called listen() last (unix(7)), maybe a successor undone and dead.
+        self.knows_peer = False
         self._version = VERSIONS[0]
         self._left = -1
         self._token = -1
@@ -85,14 +86,9 @@ class Successor(Exchange):
         """Watches over an older process whose link came along with the service."""
         self = cls(link, joiner)
         self.elder = elder
-        self._is_peer = link.peer.pid in (0, elder.pid)
+        self.knows_peer = link.peer.pid in (0, elder.pid)
         self.machine.state = State.OWNER
         return self
-
-    @property
-    def knows_peer(self) -> bool:
-        """HELLO tells: the kernel names who called listen() last (unix(7)), maybe a successor undone and dead."""
-        return self._is_peer
 
     @property
     def elsewhere(self) -> bool:
@@ -119,7 +115,7 @@ class Successor(Exchange):
         peer = self.link.peer
         self.link.told = hello["pid"]
         seen = bool(peer.pid) and is_process(peer.pid, peer.pidfd, hello["pid"])
-        self._is_peer = seen or not peer.pid
+        self.knows_peer = seen or not peer.pid
         self.elder = Elder(peer.pid if seen else hello["pid"], hello["generation"], 0)
         common = set(VERSIONS) & set(hello["versions"])
         if peer.uid not in self.joiner.control.allowed:
@@ -171,15 +167,20 @@ class Successor(Exchange):
             self.joiner.own_service(self)
         elif action is Do.STOP_ACCEPTING:
             self.joiner.lose_service(self)
-        elif action is Do.ELDERS and self.frame is not None:
-            self._meet_elders(self.frame)
         elif action is Do.OPEN_CHANNEL:
             self.open_channel()
-        elif action is Do.BEQUEATH and self.frame is not None:
-            self._inherit(self.frame)
-        elif action is Do.COUNT and self.frame is not None:
-            self.elder = self.elder._replace(connections=self.frame.body["connections"])
+        else:
+            assert self.frame is not None
+            self._heard(action, self.frame)
         return None
+
+    def _heard(self, action: Do, frame: Frame) -> None:
+        if action is Do.ELDERS:
+            self._meet_elders(frame)
+        elif action is Do.BEQUEATH:
+            self._inherit(frame)
+        else:
+            self.elder = self.elder._replace(connections=frame.body["connections"])
 
     def _keep(self) -> Event | None:
         assert self.frame is not None
@@ -330,16 +331,8 @@ class Successor(Exchange):
         self.inherited = [kept for kept in self.inherited if kept.role != "listener"]
         return taken
 
-    def accepting(self) -> None:
-        """The server accepts, if the service is not lost again."""
-        if self.machine.accepts(Local.ACCEPTING):
-            self.step(Local.ACCEPTING)
-
-    def give_up(self, error: TakeoverError) -> None:
-        """Ends the exchange from this side, if it has not been decided yet."""
-        self.error, self.reason = error, str(error)
+    def give_up(self, reason: str, error: TakeoverError | None = None) -> None:
+        """Ends the exchange from this side, if it has not been decided yet; `error` is what the caller is to see."""
         if self.machine.accepts(Local.FAIL):
+            self.error, self.reason = error, reason
             self.step(Local.FAIL)
-        elif self.machine.accepts(Local.LEAVING):
-            self.error = None
-            self.step(Local.LEAVING)

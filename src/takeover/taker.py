@@ -59,7 +59,7 @@ class Taker(End):
         if kind is Type.ADOPTED:
             self.link.send(kind, {"batch": self.batches[-1].number, "room": self._room(), "refused": self._refused})
             self._answered = self.batches[-1].number
-        elif kind is Type.DROPPED:
+        else:
             self.link.send(kind, {"batch": self._release.batch})
 
     def _room(self) -> int:
@@ -83,7 +83,7 @@ class Taker(End):
         elif action is Do.START_ALL:
             while self.batches:
                 self._serve_or_drop(self.batches.popleft())
-        elif action is Do.DROP_ALL:
+        else:
             while self.batches:
                 self._drop(self.batches.popleft())
         return None
