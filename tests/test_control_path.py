@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
+import pathlib
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from clients import LIMIT
 from processes import Room
+from takeover.control import ControlPath
+from takeover.errors import ControlPathError
+from test_control_thread import failing, opened
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
@@ -186,6 +194,125 @@ def test_another_users_incumbent_is_refused_and_serves_on(room: Room) -> None:
     assert program.wait() == 1
     assert len(program.lines) == 1, program.text
     assert room.owner() == server.pid
+
+
+# In one process: what the kernel says, and what is said of it.
+
+
+@pytest.fixture
+def control(tmp_path: pathlib.Path) -> ControlPath:
+    (tmp_path / "control").mkdir()
+    return ControlPath(str(tmp_path / "control" / "takeover.sock"))
+
+
+def test_a_relative_path_where_the_working_folder_is_gone_is_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ControlPathError, match=r"takeover.sock: the working folder is gone"):
+        ControlPath("takeover.sock")
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(control: ControlPath) -> None:
+    folder = pathlib.Path(control.path).parent
+    folder.rmdir()
+    folder.touch()
+    with pytest.raises(ControlPathError, match="control is not a folder"):
+        control.lock()
+    with pytest.raises(ControlPathError, match=r"lstat .*takeover.sock: Not a directory"):
+        control.connect()
+
+
+def test_a_lock_file_that_is_a_pipe_is_refused_and_stays(control: ControlPath) -> None:
+    os.mkfifo(control.lock_path)
+    before = opened()
+    with pytest.raises(ControlPathError, match="is not a regular file; remove it"):
+        control.lock()
+    assert os.path.exists(control.lock_path) and opened() == before
+
+
+def test_who_locks_a_file_that_its_holder_has_just_removed_locks_the_one_that_is_there_now(
+    control: ControlPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the opening and the locking of the file its holder may have ended."""
+    flock, before = fcntl.flock, opened()
+
+    def remove_and_lock(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        os.unlink(control.lock_path)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    descriptor = control.lock()
+    assert descriptor is not None and os.path.samestat(os.fstat(descriptor), os.stat(control.lock_path))
+    assert opened() == before + 1
+    control.unlock(descriptor)
+
+
+def test_a_socket_that_cannot_be_made_is_an_error_that_names_the_path(
+    control: ControlPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "socket", failing(errno.EMFILE))
+    with pytest.raises(ControlPathError, match=r"a socket for .*takeover.sock: Too many open files"):
+        control.bind()
+
+
+def test_a_full_queue_is_told_from_nobody_who_listens(control: ControlPath) -> None:
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.ExitStack() as waiting:
+        listening.bind(control.path)
+        listening.listen(0)
+
+        def crowd() -> None:
+            for _ in range(10):
+                sock = control.connect()
+                assert sock is not None
+                waiting.enter_context(sock)
+
+        with pytest.raises(ControlPathError, match="its queue is full; is the process behind it stopped"):
+            crowd()
+
+
+def test_a_socket_of_another_kind_is_named(control: ControlPath) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(control.path)
+        before = opened()
+        with pytest.raises(ControlPathError, match=r"connect .*takeover.sock: Protocol wrong type for socket"):
+            control.connect()
+        assert opened() == before
+
+
+class Refused(socket.socket):
+    """What a user without the permission finds, or one on a full disk."""
+
+    def connect(self, address: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def bind(self, address: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_socket_that_may_not_be_connected_to_is_told_by_its_owner(
+    control: ControlPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(control.path)
+    monkeypatch.setattr(control, "_new_socket", lambda: Refused(socket.AF_UNIX))
+    before = opened()
+    with pytest.raises(ControlPathError, match=f"connect .*: it belongs to uid {os.geteuid()}"):
+        control.connect()
+    assert opened() == before
+
+
+def test_a_path_that_cannot_be_bound_says_why_and_leaves_nothing_open(
+    control: ControlPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_new_socket", lambda: Refused(socket.AF_UNIX))
+    before = opened()
+    with pytest.raises(ControlPathError, match=r"bind .*takeover.sock: No space left on device"):
+        control.bind()
+    assert opened() == before
 
 
 def unshared(*arguments: str) -> list[str]:
