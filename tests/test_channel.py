@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from channel_cases import QUICK, Scene, Stranger, Tally
+from channel_cases import PATIENT, QUICK, Scene, Stranger, Tally
 from conftest import CYTHON_IS_BUILT
+from takeover import channel as channel_module
 from takeover import giver as giver_module
 from takeover import records
 from takeover import taker as taker_module
-from takeover.protocol import State
+from takeover.protocol import Local, State
 from takeover.records import BATCH, Record
 from takeover.taker import Taker
 from takeover.wire import HEADER, MAGIC, Frame, Type
@@ -195,6 +196,23 @@ def test_what_a_handler_has_ended_is_left_to_a_taker_that_has_claimed_it(scene: 
         claimed.send(b"served elsewhere")
         assert client.recv(100) == b"served elsewhere", "the giver's write_eof() has not ended it"
         assert giver.finished and scene.loops[0].connections == 0 and not scene.protocols[0][0].lost
+
+
+def test_what_a_handler_has_ended_is_taken_back_with_the_rest(scene: Scene) -> None:
+    """The taker has been told what stays, and dies before it has said that it does not serve that."""
+    clients = scene.connect(2)
+    giver, stranger = scene.give()
+    heard(scene, stranger, Type.CONNECTIONS)
+    scene.protocols[0][0].transport.write(b"bye")
+    scene.protocols[0][0].transport.write_eof()
+    stranger.adopted(0)
+    heard(scene, stranger, Type.RELEASED)
+    stranger.hang_up()
+    scene.until(lambda: giver.finished)
+    assert giver.left == {"closing": 1} and scene.loops[0].connections == 1
+    assert scene.read(clients[0], 10) == b"bye"
+    clients[0].sendall(b"still here")
+    scene.until(lambda: scene.protocols[0][0].received == b"still here")
 
 
 class Busy(Tally):
@@ -421,6 +439,54 @@ def test_a_giver_that_is_outrun_waits_for_what_is_refused(scene: Scene, monkeypa
     scene.answers([scene.clients[number] for number in (1, 3, 5, 6, 7)])
 
 
+class Posting:
+    """A loop that runs what was posted when the test says so, before it looks at its sockets as asyncio's may."""
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+        self._posted: list[Callable[[], object]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def call_soon(self, callback: Callable[..., object], *arguments: Any) -> None:
+        self._posted.append(lambda: callback(*arguments))
+
+    def run_posted(self) -> None:
+        while self._posted:
+            self._posted.pop(0)()
+
+
+def test_an_answer_that_waits_when_a_giver_finds_itself_outrun_counts(scene: Scene) -> None:
+    scene.connect(3)
+    giver, stranger = scene.give()
+    heard(scene, stranger, Type.CONNECTIONS)
+    assert stranger.claims()
+    stranger.adopted(0, refused=[[1, "state"]])
+    giver.loop = Posting(giver.loop)
+    giver.guard(lambda: giver.step(Local.SILENT))
+    assert giver.state is State.OUTRUN
+    giver.loop.run_posted()
+    assert giver.finished
+    (frame,) = heard(scene, stranger, Type.FINISHED)
+    assert frame.body["left"] == {"state": 1} and scene.loops[0].connections == 1
+    scene.answers(scene.clients[1:2])
+
+
+def test_what_was_half_sent_at_the_end_is_sent_to_its_end(scene: Scene) -> None:
+    """Else the other end could not tell a batch that it may not keep from a giver that is dead."""
+    scene.connect(1)
+    scene.protocols[0][0].received = b"x" * (records.LARGEST_INLINE - 1000)
+    giver, stranger = scene.give(QUICK)
+    scene.until(lambda: giver.finished)
+    assert giver.link.unsent and not giver.over
+    (frame,) = heard(scene, stranger, Type.CONNECTIONS)
+    assert len(frame.data) > records.LARGEST_INLINE - 1000
+    scene.until(lambda: giver.over)
+    assert not stranger.claims()
+    scene.answers()
+
+
 def test_a_giver_whose_token_is_gone_sends_nothing_more(scene: Scene) -> None:
     scene.connect(3)
     giver, stranger = scene.give()
@@ -455,6 +521,57 @@ def test_too_many_references_make_batches_smaller_and_later(scene: Scene, monkey
     monkeypatch.setattr(giver.link, "send", refuse)
     scene.until(lambda: giver.finished and taker.finished)
     assert sizes[:3] == [40, 10, 2] and scene.counts() == (0, 40)
+    scene.answers()
+
+
+class Short:
+    """A loop's connections, and no memory for so many exports of them."""
+
+    def __init__(self, connections: Any, failures: int) -> None:
+        self._connections = connections
+        self._failures = failures
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connections, name)
+
+    def export_connections(self, *arguments: Any) -> Any:
+        self._failures -= 1
+        if self._failures >= 0:
+            raise MemoryError
+        return self._connections.export_connections(*arguments)
+
+
+@pytest.mark.parametrize("failures", [2, 1000])
+def test_what_there_is_no_memory_to_export_moves_later_or_stays(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    monkeypatch.setattr(giver_module, "LATEST", 0.005)
+    scene.connect(5)
+    giver, taker = scene.move()
+    giver.connections = Short(giver.connections, failures)  # type: ignore[assignment]
+    scene.until(lambda: giver.finished and taker.finished)
+    if failures == 2:
+        assert not giver.left and scene.counts() == (0, 5)
+    else:
+        assert giver.left == taker.left == {"memory": 5} and scene.counts() == (5, 0)
+    scene.answers()
+
+
+def test_what_there_is_no_file_for_is_sent_again(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    seal, failures = records.seal, iter([OSError(errno.EMFILE, os.strerror(errno.EMFILE)), MemoryError()])
+
+    def fail_twice(name: str, data: bytes) -> int:
+        for error in failures:
+            raise error
+        return seal(name, data)
+
+    monkeypatch.setattr(records, "seal", fail_twice)
+    scene.connect(2)
+    scene.protocols[0][0].received = b"x" * (records.LARGEST_INLINE + 1)
+    giver, taker = scene.move()
+    scene.until(lambda: giver.finished and taker.finished)
+    assert next(failures, None) is None, "both have been raised"
+    assert not giver.left and scene.counts() == (0, 2)
     scene.answers()
 
 
@@ -741,6 +858,37 @@ def test_a_mistake_of_this_side_costs_the_channel_and_no_connection(
     assert giver.state is taker.state is State.CLOSED
 
 
+def test_a_mistake_after_a_batch_was_taken_in_leaves_it_to_the_giver(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    scene.connect(3)
+    monkeypatch.setattr(taker_module, "Batch", fail)
+    giver, taker = scene.move()
+    scene.until(lambda: giver.finished and taker.finished)
+    assert scene.counts() == (3, 0)
+    scene.answers()
+
+
+def test_a_ledger_that_cannot_be_read_costs_only_what_is_in_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(_: int) -> dict[int, bytes]:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(taker_module, "close_and_read", no_memory)
+    stranger, taker = scene.take()
+    clients = offer(scene, stranger, 0, 2)
+    heard(scene, stranger, Type.ADOPTED)
+    stranger.hang_up()
+    scene.until(lambda: taker.finished)
+    assert "wrote to connections on their way cannot be read: OSError(12, 'Cannot allocate memory')" in caplog.text
+    assert scene.loops[1].connections == 2
+    scene.answers(clients)
+
+
 def test_a_taker_says_how_much_room_is_left(scene: Scene) -> None:
     stranger, taker = scene.take()
     offer(scene, stranger, 0)
@@ -752,6 +900,61 @@ def test_a_taker_says_how_much_room_is_left(scene: Scene) -> None:
     stranger.say(Type.FINISHED, {"left": {"busy": 2}})
     scene.until(lambda: taker.finished)
     assert taker.left == scene.account[1].drained == {"busy": 2}
+
+
+# The channel itself.
+
+
+@pytest.mark.parametrize("which", ["the first copy", "the last copy", "the ledger", "the token"])
+def test_a_channel_that_cannot_be_opened_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    left, dup, before = [0 if which == "the first copy" else 1], os.dup, opened()
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def fail_in_the_end(descriptor: int) -> int:
+        left[0] -= 1
+        return dup(descriptor) if left[0] >= 0 else fail()
+
+    with monkeypatch.context() as patched:
+        if which == "the ledger":
+            patched.setattr(channel_module, "open_ledger", fail)
+        elif which == "the token":
+            patched.setattr(os, "pipe", fail)
+        else:
+            patched.setattr(os, "dup", fail_in_the_end)
+        with pytest.raises(OSError, match="Too many open files"):
+            channel_module.open_channel()
+    assert opened() == before
+
+
+def test_an_end_that_no_loop_can_watch_leaves_the_channel_to_its_owner(scene: Scene) -> None:
+    class Full:
+        def add_reader(self, *_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    ours, theirs = channel_module.open_channel()
+    channel = channel_module.Channel(*ours, os.getpid(), 1)
+    with pytest.raises(OSError, match="No space left"):
+        Taker(Full(), scene.loops[1], channel, PATIENT, scene.account[1], lambda: None)
+    for descriptor in (*ours, *theirs):
+        os.close(descriptor)
+
+
+def test_a_forked_child_lets_go_of_a_channel_and_its_parent_moves_on(scene: Scene) -> None:
+    """The epoll set is the parent's too: whoever took the socket out of it would make the parent deaf."""
+    scene.connect(3)
+    ends = scene.move()
+    child = os.fork()
+    if child == 0:
+        for end in ends:
+            end.close_after_fork()
+        left = [end for end in ends for descriptor in end.channel[:3] if os.path.exists(f"/proc/self/fd/{descriptor}")]
+        os._exit(len(left))
+    assert os.waitpid(child, 0)[1] == 0
+    scene.until(lambda: all(end.finished for end in ends))
+    assert scene.counts() == (0, 3)
+    scene.answers()
 
 
 # The end of a loop.
