@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -14,6 +16,7 @@ import pytest
 
 from clients import echo_once
 from processes import PROGRAMS, Program, Room
+from takeover import activation
 
 ACTIVATE = shutil.which("systemd-socket-activate")
 needs_systemd = pytest.mark.skipif(ACTIVATE is None, reason="systemd-socket-activate is not installed")
@@ -48,6 +51,15 @@ def activate(room: Room, sockets: Sequence[socket.socket], *command: str, **plan
     wishes = {"descriptors": descriptors, "names": [f"s{index}.socket" for index in range(len(sockets))], **plan}
     shim = (sys.executable, "-S", str(PROGRAMS / "activated.py"), json.dumps(wishes))
     return room.run(*shim, sys.executable, *command, pass_fds=descriptors)
+
+
+def holds(program: Program, sock: socket.socket) -> bool:
+    """Whether one of its descriptors is the socket; it may open and close others meanwhile."""
+    for entry in os.listdir(f"/proc/{program.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/{program.pid}/fd/{entry}") == f"socket:[{os.fstat(sock.fileno()).st_ino}]":
+                return True
+    return False
 
 
 @pytest.fixture
@@ -106,8 +118,7 @@ def test_what_nobody_asks_for_is_closed_and_named(room: Room, listening: socket.
         room.wait_for_owner(program)
         line = program.wait_for("nobody has asked for")
         assert f"tcp://{room.address[0]}:{other.getsockname()[1]} (s1.socket)" in line and "s0.socket" not in line
-        held = [os.readlink(f"/proc/{program.pid}/fd/{name}") for name in os.listdir(f"/proc/{program.pid}/fd")]
-        assert f"socket:[{os.fstat(other.fileno()).st_ino}]" not in held
+        assert holds(program, listening) and not holds(program, other)
     room.round_trip()
 
 
@@ -183,3 +194,50 @@ def test_a_given_socket_goes_on_to_the_next_process(room: Room, listening: socke
     assert first.wait() == 0
     listening.close()
     room.round_trip()
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Callable[..., list[str]]]:
+    """Gives these descriptors to this process, None for a number that is closed; the URLs that are taken."""
+    caplog.set_level(logging.WARNING, "takeover")
+    with contextlib.ExitStack() as closing:
+
+        def give(*descriptors: int | None, count: str = "") -> list[str]:
+            monkeypatch.setattr(activation, "FIRST", 900)
+            monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+            monkeypatch.setenv("LISTEN_FDS", count or str(len(descriptors)))
+            monkeypatch.setenv("LISTEN_FDNAMES", ":".join(f"s{index}" for index in range(len(descriptors))))
+            for number, descriptor in enumerate(descriptors, 900):
+                if descriptor is not None:
+                    closing.callback(os.close, os.dup2(descriptor, number))
+            return [each.url for each in activation.take()]
+
+        yield give
+
+
+def test_a_number_of_sockets_that_is_none_is_named_and_none_is_taken(
+    given: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        assert given(sock.fileno(), count="\u0661") == []
+    assert caplog.messages == ["LISTEN_FDS=\u0661 is not a number: ignored"]
+    assert "LISTEN_FDS" not in os.environ
+
+
+def test_what_was_promised_and_is_closed_is_named_and_the_rest_is_taken(
+    given: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        assert given(None, sock.fileno()) == ["tcp://{}:{}".format(*sock.getsockname())]
+    assert caplog.messages == ["descriptor 900 (s0) of LISTEN_FDS: Bad file descriptor"]
+
+
+def test_a_socket_of_the_kernels_messages_is_left_alone(
+    given: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """ListenNetlink= of a .socket unit: datagrams too, and bound, but to nothing that a URL could name."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM) as sock:
+        sock.bind((0, 1))
+        assert given(sock.fileno()) == []
+    assert caplog.messages == ["descriptor 900 (s0) of LISTEN_FDS is not a socket to listen on: left alone"]
+    os.fstat(900)

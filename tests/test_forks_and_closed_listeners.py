@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import signal
@@ -13,7 +14,8 @@ import pytest
 import takeover
 from clients import eventually
 from processes import PROGRAMS, Program, Room
-from takeover.errors import LocalProtocolError
+from takeover.errors import ListenError, LocalProtocolError
+from test_control_thread import failing
 
 
 def start(room: Room) -> Program:
@@ -74,6 +76,35 @@ def test_a_listener_that_was_closed_is_neither_shown_nor_handed_over(room: Room)
             assert new.ready().unused == ()
             assert old.wait(30)
     assert room.left_behind() == []
+
+
+def test_a_takeover_that_comes_to_nothing_leaves_a_closed_listener_closed(room: Room) -> None:
+    with takeover.join(room.control, probation=60) as old:
+        sock = old.listen(room.url)
+        given_up = old.listen(f"unix:{room.folder}/given-up")
+        old.ready()
+        given_up.close()
+        with takeover.join(room.control) as new:
+            new.listen(room.url)
+            new.ready()
+            assert new.give_back("it does not work")
+        assert old.accepts and old.state == "serving"
+        assert given_up.fileno() < 0 and not os.get_blocking(sock.fileno())
+        assert [listener["url"] for listener in old.status()["listeners"]] == [room.url]
+
+
+def test_listeners_are_asked_for_before_ready(room: Room) -> None:
+    with takeover.join(room.control) as service:
+        service.ready()
+        with pytest.raises(LocalProtocolError, match="after ready"):
+            service.listen(room.url)
+
+
+def test_a_listener_that_there_is_no_descriptor_for_is_named(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    with takeover.join(room.control) as service, monkeypatch.context() as patched:
+        patched.setattr("socket.socket", failing(errno.EMFILE))
+        with pytest.raises(ListenError, match=f"listen {room.url}: Too many open files"):
+            service.listen(room.url)
 
 
 def test_ready_is_called_once_and_tells_when_to_accept(room: Room) -> None:

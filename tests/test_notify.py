@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import pathlib
@@ -13,6 +14,7 @@ import pytest
 
 from clients import LIMIT
 from takeover.notify import LONGEST_NAME, Notifier, descriptor_name
+from test_control_thread import failing
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -95,6 +97,14 @@ def test_a_barrier_is_over_when_the_manager_has_closed_its_descriptor(manager: t
     assert notifier.wait_until_read(LIMIT)
     reader.join(LIMIT)
     assert heard == [b"BARRIER=1"]
+
+
+def test_where_no_descriptor_is_left_for_a_barrier_nobody_waits(
+    manager: tuple[socket.socket, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, address = manager
+    monkeypatch.setattr(os, "pipe", failing(errno.EMFILE))
+    assert not Notifier(address).wait_until_read(LIMIT)
 
 
 def test_a_forked_child_is_mute(manager: tuple[socket.socket, str]) -> None:

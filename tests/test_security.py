@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import pathlib
 import re
@@ -21,6 +22,7 @@ from takeover.namespaces import is_process
 from takeover.wire import Type
 from test_blobs_and_hostile_peers import Bare, token
 from test_control_path import ROOT_ONLY, unshared
+from test_control_thread import failing
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOBODY = 65534
@@ -392,3 +394,19 @@ def test_the_pid_of_a_peer_that_is_dead_names_nobody() -> None:
                 assert not is_process(peer.pid, peer.pidfd, child)
             finally:
                 os.close(peer.pidfd)
+
+
+@pytest.mark.once
+def test_a_kernel_without_pidfds_of_sockets_is_asked_for_one_by_the_pid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SO_PEERPIDFD came with Linux 6.5."""
+    monkeypatch.setattr("takeover.control.SO_PEERPIDFD", 9999)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        peer = peer_of(ours)
+        assert (peer.pid, peer.uid) == (os.getpid(), os.geteuid()) and peer.pidfd is not None
+        try:
+            assert is_process(peer.pid, peer.pidfd, os.getpid())
+        finally:
+            os.close(peer.pidfd)
+        monkeypatch.setattr(os, "pidfd_open", failing(errno.ESRCH))
+        assert peer_of(ours).pidfd is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -331,6 +332,27 @@ def test_a_successor_of_another_unit_ends_the_service_of_this_one(
         ours.alive()
         ours.last_words()
         assert manager.said[-1]["STOPPING"] == "1", "nothing is said any more"
+
+
+def test_a_listener_that_is_closed_before_the_service_is_ready_is_not_stored(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ServiceManager(room) as manager:
+        manager.main_pid, manager.state = os.getpid(), "activating"
+        monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+        ours = Ours.from_environment()
+        with socket.create_server(room.address) as open_one, socket.socket() as closed:
+            closed.close()
+            ours.ready([Held(name, room.url, sock, "", None) for name, sock in (("a", closed), ("b", open_one))], "")
+            manager.wait_until(lambda: manager.store, "the listener is kept")
+            assert ours.keeps == 1
+
+
+def test_a_process_that_is_gone_counts_as_one_of_our_unit() -> None:
+    """Nobody can tell any more, and a service that goes on is not to end for that."""
+    child = subprocess.Popen(["true"])
+    child.wait()
+    assert systemd.in_our_unit(child.pid)
 
 
 def test_a_process_that_is_started_as_its_own_unit_says_ready_itself(room: Room) -> None:
