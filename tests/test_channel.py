@@ -6,6 +6,7 @@ import errno
 import importlib
 import math
 import os
+import queue
 import socket
 import struct
 from array import array
@@ -15,14 +16,19 @@ from typing import Any
 
 import pytest
 
+import takeover
 from channel_cases import PATIENT, QUICK, Scene, Stranger, Tally
+from clients import LIMIT, eventually
 from conftest import CYTHON_IS_BUILT
+from processes import Room
 from takeover import channel as channel_module
 from takeover import giver as giver_module
 from takeover import records
 from takeover import taker as taker_module
-from takeover.protocol import Local, State
+from takeover.channel import open_channel
+from takeover.protocol import Limits, Local, State
 from takeover.records import BATCH, Record
+from takeover.successor import CHANNELS
 from takeover.taker import Taker
 from takeover.wire import HEADER, MAGIC, Frame, Type
 
@@ -924,7 +930,7 @@ def test_a_channel_that_cannot_be_opened_leaves_nothing_open(monkeypatch: pytest
         else:
             patched.setattr(os, "dup", fail_in_the_end)
         with pytest.raises(OSError, match="Too many open files"):
-            channel_module.open_channel()
+            open_channel()
     assert opened() == before
 
 
@@ -933,7 +939,7 @@ def test_an_end_that_no_loop_can_watch_leaves_the_channel_to_its_owner(scene: Sc
         def add_reader(self, *_: object) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    ours, theirs = channel_module.open_channel()
+    ours, theirs = open_channel()
     channel = channel_module.Channel(*ours, os.getpid(), 1)
     with pytest.raises(OSError, match="No space left"):
         Taker(Full(), scene.loops[1], channel, PATIENT, scene.account[1], lambda: None)
@@ -955,6 +961,42 @@ def test_a_forked_child_lets_go_of_a_channel_and_its_parent_moves_on(scene: Scen
     scene.until(lambda: all(end.finished for end in ends))
     assert scene.counts() == (0, 3)
     scene.answers()
+
+
+class Live(takeover.Server):
+    live = True
+
+    def __init__(self) -> None:
+        self.channels: queue.Queue[channel_module.Channel] = queue.Queue()
+
+    def take_connections(self, channel: channel_module.Channel, limits: Limits) -> None:
+        self.channels.put(channel)
+
+
+@pytest.mark.parametrize("failures", [1, CHANNELS])
+def test_a_channel_that_cannot_be_opened_is_tried_again_some_times(
+    room: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failures: int
+) -> None:
+    left = [failures]
+
+    def open_or_fail() -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return open_channel()
+
+    monkeypatch.setattr("takeover.successor.open_channel", open_or_fail)
+    server, limits = Live(), Limits(heartbeat=0.01)
+    with takeover.join(room.control, probation=0) as old:
+        old.ready()
+        with takeover.join(room.control, server=server, limits=limits) as new:
+            new.ready()
+            if failures < CHANNELS:
+                server.channels.get(timeout=LIMIT).close()
+            else:
+                eventually(lambda: "Too many open files; its connections drain there" in caplog.text, "it gives up")
+            assert caplog.text.count("Too many open files; trying again") == min(failures, CHANNELS - 1)
+            assert server.channels.empty() and left[0] == (-1 if failures < CHANNELS else 0)
 
 
 # The end of a loop.

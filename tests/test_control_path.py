@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import takeover
 from clients import LIMIT
 from processes import Room
 from takeover.control import ControlPath
@@ -96,6 +97,18 @@ def test_the_socket_of_another_program_is_left_alone(room: Room) -> None:
             assert starting.wait() == 1
         assert "does not speak takeover" in starting.lines[-1]
         assert os.stat(room.control).st_ino == before
+
+
+def test_a_successor_that_gives_up_leaves_the_path_also_where_somebody_had_removed_the_lock(room: Room) -> None:
+    with takeover.join(room.control) as old:
+        old.ready()
+        before = os.stat(room.control).st_ino
+        os.unlink(f"{room.control}.lock")
+        with takeover.join(room.control) as new:
+            assert new.state == "joining" and room.left_behind() == ["takeover.sock", "takeover.sock.lock"]
+        assert os.stat(room.control).st_ino == before and room.left_behind() == ["takeover.sock"]
+        with takeover.join(room.control) as new:
+            assert new.ready().generation == 2
 
 
 @pytest.mark.parametrize("replacement", ["socket", "file", "link"])

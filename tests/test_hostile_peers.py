@@ -16,7 +16,8 @@ from collections.abc import Callable
 import pytest
 
 from clients import LIMIT, eventually
-from processes import FAST, Program, Room, descriptors_at_rest
+from processes import FAST, Program, Room, descriptors_at_rest, stopped
+from takeover.link import FRAMES_AT_ONCE
 from takeover.service import ATTEMPTS
 from takeover.wire import HEADER, MAGIC, Decoder, Frame, Type, encode
 
@@ -121,6 +122,34 @@ def test_every_attack_is_answered_with_a_hang_up_and_leaves_nothing_behind(room:
             assert hangs_up(sock), name
         eventually(lambda: room.owner() == server.pid, f"status works after {name}")
     eventually(lambda: descriptors_at_rest(server.pid) == held, "nothing is left of the attacks")
+    room.round_trip()
+
+
+LENDS_ITS_LINK = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as link, socket.socket(fileno=int(sys.argv[2])) as borrower:
+    link.connect(sys.argv[1])
+    link.sendall(bytes.fromhex(sys.argv[3]))
+    socket.send_fds(borrower, [b"x"], [link.fileno()])
+"""
+
+
+def test_a_successor_that_is_dead_is_hung_up_on_though_another_process_holds_its_link(room: Room) -> None:
+    """A child of its own, for instance; what it had said before it died is read first."""
+    server = room.echo({"limits": PATIENT})
+    room.wait_for_owner(server)
+    said = encode(Type.JOIN, JOIN) + encode(Type.HEARTBEAT) * 3 * FRAMES_AT_ONCE
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with stopped(server):
+            words = (LENDS_ITS_LINK, room.control, str(theirs.fileno()), said.hex())
+            subprocess.run([sys.executable, "-c", *words], pass_fds=[theirs.fileno()], timeout=LIMIT, check=True)
+        _, (number,), _, _ = socket.recv_fds(ours, 1, 1)
+        with socket.socket(fileno=number) as sock:
+            sock.settimeout(LIMIT)
+            assert hangs_up(sock)
+    server.wait_for("is off: the successor died or hung up; serving on")
+    room.wait_for_owner(server)
     room.round_trip()
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+import takeover
 from clients import LIMIT, eventually, receive_exactly
 from processes import Program, Room, descriptors_at_rest, free_address
+from takeover import query
+from takeover.errors import Refused
 
 
 @pytest.fixture
@@ -81,6 +89,50 @@ def test_strict_fails_where_the_listeners_differ_and_the_incumbent_serves_on(roo
     room.round_trip()
     exact = room.cli("echo", "--strict", "--listen", room.url, *([] if more else ["--listen", other]))
     exact.wait_for("took over")
+
+
+def test_a_stop_in_the_middle_of_a_takeover_is_asked_for_again_until_that_is_over(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = query._ask
+    with takeover.join(room.control) as old:
+        old.ready()
+        with takeover.join(room.control) as new:
+
+            def ask_and_call_off(*arguments: Any) -> Any:
+                answer = ask(*arguments)
+                new.close()
+                return answer
+
+            def end_when_told_to() -> None:
+                old.wait(LIMIT)
+                old.close()
+
+            monkeypatch.setattr(query, "_ask", ask_and_call_off)
+            ending = threading.Thread(target=end_when_told_to)
+            ending.start()
+            assert query.stop(room.control) == os.getpid()
+            ending.join(LIMIT)
+    assert room.left_behind() == []
+
+
+def test_a_stop_is_refused_where_a_takeover_is_not_over_in_time(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, passed = query._ask, [0.0]
+
+    def ask_and_let_time_pass(*arguments: Any) -> Any:
+        answer = ask(*arguments)
+        passed[0] += 2 * query.TIME_LIMIT
+        return answer
+
+    monkeypatch.setattr(query, "_ask", ask_and_let_time_pass)
+    monkeypatch.setattr(query, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0]))
+    with takeover.join(room.control) as old:
+        old.ready()
+        with takeover.join(room.control) as new:
+            with pytest.raises(Refused, match="has been taking over") as refused:
+                query.stop(room.control)
+            assert refused.value.code == "busy"
+            assert new.ready().generation == 2
 
 
 def test_connections_that_wait_on_a_listener_that_is_left_over_are_served_not_reset(room: Room) -> None:
