@@ -864,11 +864,12 @@ def test_a_mistake_of_this_side_costs_the_channel_and_no_connection(
     assert giver.state is taker.state is State.CLOSED
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))], ids=repr)
 def test_a_mistake_after_a_batch_was_taken_in_leaves_it_to_the_giver(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(*_: object) -> None:
-        raise ZeroDivisionError
+        raise error
 
     scene.connect(3)
     monkeypatch.setattr(taker_module, "Batch", fail)

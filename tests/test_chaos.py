@@ -57,6 +57,7 @@ FAILED_ONCE = (
     *("live/ETOOMANYREFS/successor/1/sendmsg/1", "live/ENOMEM/successor/1/memfd_create/1"),
     *("live/ENOBUFS/successor/1/socketpair/1", "live/ENOSPC/successor/0/epoll_ctl/2"),
     *("live/ECONNRESET/incumbent/0/recvmsg/3", "listeners/EMFILE/successor/0/fcntl/1"),
+    *("live/ENOMEM/successor/0/sendto/3", "live/ENOBUFS/successor/0/sendto/4"),
 )
 """Errors of the kernel that had once cost the service, the connections or a traceback."""
 

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,20 @@ def test_an_event_that_cannot_be_dealt_with_leaves_the_thread_at_work(
         thread.ask(lambda: thread.selector.unregister(ours))
         assert thread.ask(lambda: 42) == 42
     assert "Traceback" not in caplog.text
+
+
+def test_an_event_of_a_link_that_was_closed_before_its_turn_counts_for_nothing(
+    thread: ControlThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the socket and the peer's pidfd are reported in one batch."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        exchange = Incumbent(Link(ours), thread)  # type: ignore[arg-type]
+        thread.exchanges[exchange] = (-1, -1)
+        exchange.link.close()
+        thread._ready(exchange, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        del thread.exchanges[exchange]
+        assert exchange.error is None and not caplog.records
 
 
 def test_a_question_of_the_thread_to_itself_is_answered_at_once(thread: ControlThread) -> None:
@@ -220,7 +235,8 @@ def test_who_cannot_be_asked_after_is_hung_up_on_and_the_next_one_is_served(
             patched.setattr("takeover.link.peer_of", failing(errno.EMFILE))
             with room.connect_control() as sock:
                 assert sock.recv(1) == b""
-        assert f"nobody knows who asks at {room.control}: Too many open files" in caplog.text
+        said = f"nobody knows who asks at {room.control}: Too many open files"
+        eventually(lambda: said in caplog.text, "it is said who was hung up on")
         assert room.status(LIMIT)["state"] == "serving"
 
 
@@ -255,6 +271,28 @@ def test_what_the_kernel_has_no_memory_to_receive_is_received_later(
     finally:
         link.close()
         peer.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOBUFS])
+def test_what_the_kernel_has_no_memory_to_send_is_sent_later(number: int) -> None:
+    class Short(socket.socket):
+        short = True
+
+        def send(self, *arguments: Any) -> int:
+            if self.short:
+                raise OSError(number, os.strerror(number))
+            return super().send(*arguments)
+
+    ours, theirs = socket.socketpair()
+    sock = Short(fileno=ours.detach())
+    with contextlib.closing(Link(sock)) as link, contextlib.closing(Link(theirs)) as peer:
+        link.send(takeover.wire.Type.ALIVE)
+        link.send(takeover.wire.Type.HEARTBEAT)
+        assert link.unsent and peer.receive() == []
+        sock.short = False
+        link.flush()
+        assert not link.unsent
+        assert [frame.type for frame in peer.receive()] == [takeover.wire.Type.ALIVE, takeover.wire.Type.HEARTBEAT]
 
 
 def test_a_link_that_cannot_be_written_to_any_more_is_at_its_end_when_the_rest_has_been_read() -> None:

@@ -172,7 +172,11 @@ class Exchange(ABC):
                     self._events.append(event)
         except OSError as error:
             self.reason = f"{action.name}: {error.strerror}"
-            self._events.append(Local.FAIL if self.machine.accepts(Local.FAIL) else Local.LOST)
+            if self.machine.accepts(Local.FAIL):
+                self._events.append(Local.FAIL)
+            else:
+                self.link.lost = self._gone = True  # so that the link is closed, and the other end finds out
+                self._events.append(Local.LOST)
         self._at_boundary("after", action.name)
 
     def _at_boundary(self, when: str, name: str) -> None:

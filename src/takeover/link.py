@@ -18,6 +18,8 @@ from .wire import Body, Decoder, Frame, Type, encode
 
 FRAMES_AT_ONCE = 32
 """How many frames one link may have processed before it is another link's turn."""
+SHORT_OF_MEMORY = (errno.ENOMEM, errno.ENOBUFS)
+"""What the kernel answers while it has no memory for a message, which passes."""
 
 
 def close_all(descriptors: Sequence[int]) -> None:
@@ -100,7 +102,9 @@ class Link:
     def flush(self) -> None:
         """Sends what the socket takes of what is queued.
 
-        A peer that is gone is no error here: what it sent before may still be read, and the end of that tells.
+        A peer that is gone is no error here: what it sent before may still be read, and the end of that tells. Nor is a
+        kernel that is short of memory for plain bytes: they wait, as where the socket has no room. With descriptors it
+        is, since fewer may do.
         """
         try:
             while self._queue:
@@ -113,13 +117,13 @@ class Link:
                     self._queue.popleft()
                 else:
                     self._queue[0] = (data[sent:], ())
-        except BlockingIOError:
-            return
         except (BrokenPipeError, ConnectionResetError):
             self._queue.clear()
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EAGAIN or (error.errno in SHORT_OF_MEMORY and not self._queue[0][1]):
+                return
             self._queue.clear()
             raise
         finally:
@@ -168,7 +172,7 @@ class Link:
             self.lost = True
         except OSError as error:
             # Where the kernel is short of memory, what has come stays in the queue until it is not.
-            if error.errno not in (errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS):
+            if error.errno not in (errno.EAGAIN, *SHORT_OF_MEMORY):
                 raise
         except RemoteProtocolError:
             for frame in frames:
