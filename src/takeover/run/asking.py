@@ -58,8 +58,6 @@ class Asking:
     def _read(self) -> None:
         try:
             data = self._sock.recv(65536)
-        except BlockingIOError:
-            return
         except OSError as error:
             self._finish(f"no answer: {error.strerror}")
             return
@@ -91,13 +89,11 @@ class Asking:
         self._finish(f"no answer within {PATIENCE:g} s")
 
     def _done(self, status: int, problem: str) -> None:
-        if self._sock.fileno() >= 0:
-            self.close()
-            self._on_answer(status, problem)
+        self.close()
+        self._on_answer(status, problem)
 
     def close(self) -> None:
         """Gives it up; harmless a second time."""
         self._timer.cancel()
-        if self._sock.fileno() >= 0:
-            self._events.unwatch(self._sock.fileno())
-            self._sock.close()
+        self._events.unwatch(self._sock.fileno())
+        self._sock.close()

@@ -67,7 +67,7 @@ class Member:
     def start(self) -> None:
         """Starts a process in this place."""
         crew, plan = self._crew, self._crew.plan
-        self._again = None
+        self._again = self.relay = None
         self._failure = ""
         try:
             check = self._make_check()
@@ -118,7 +118,6 @@ class Member:
 
     def _relay_output(self, check: Check) -> tuple[int, int] | None:
         """The outputs for a process whose output the check reads; else it inherits ours."""
-        self.relay = None
         if not self._crew.plan.way.reads_output:
             return None
         try:
@@ -149,8 +148,9 @@ class Member:
         self._has_failed(f"{late}: {why}" if why else late)
 
     def _has_failed(self, reason: str) -> None:
-        if self.running is None or self.is_ready or self._failure or self._crew.stopping:
+        if self.is_ready or self._crew.stopping:
             return
+        assert self.running is not None
         self._failure = f"pid {self.running.pid}: {reason}"
         self._cancel(self._overdue)
         if self._crew.formed:

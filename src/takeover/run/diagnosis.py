@@ -42,8 +42,6 @@ def why_not(tree: proc.Tree, acceptance: Acceptance | None, given: Sequence[int]
         )
     if not pids or acceptance is None:
         return ""
-    if is_granian(pids):
-        return GRANIAN
     missing = [target for target in acceptance.targets if not target.proof]
     seen = look(pids, [target.where.inode for target in missing])
     return _about(missing[0], seen, given) if missing else ""

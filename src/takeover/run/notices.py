@@ -52,37 +52,28 @@ class Notices:
     def started(self, tree: Tree) -> None:
         """The processes that are believed; what came before waits in the socket."""
         self._tree = tree
-        self._events.watch(self._sock.fileno(), self._read)
+        self._events.watch(self._sock.fileno(), self.read)
 
     def read(self) -> None:
-        """Takes in what has come so far."""
-        if self._tree is not None and self._sock.fileno() >= 0:
-            self._read()
-
-    def _read(self) -> None:
+        """Takes in what has come so far; only between started() and close()."""
         for _ in range(_IN_ONE_TURN):
             try:
                 data, control, _, _ = self._sock.recvmsg(_LONGEST, _ROOM, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, InterruptedError):
                 return
-            sender, barriers = 0, array.array("i")
-            for level, kind, body in control:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-                    sender = _CREDENTIALS.unpack_from(body)[0]
-                elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    barriers.frombytes(body[: len(body) - len(body) % barriers.itemsize])
+            came = {kind: body for _, kind, body in control}
+            barriers = array.array("i", came.get(socket.SCM_RIGHTS, b""))
             try:
-                self._take(sender, data.decode(errors="replace").splitlines())
+                self._take(_CREDENTIALS.unpack(came[socket.SCM_CREDENTIALS])[0], data.decode(errors="replace"))
             finally:
                 for descriptor in barriers:
                     os.close(descriptor)
-            if self._sock.fileno() < 0:
-                return
 
-    def _take(self, sender: int, lines: list[str]) -> None:
-        says = [line for line in lines if line == "READY=1" or line.startswith("STATUS=")]
-        if not says or self._tree is None:
+    def _take(self, sender: int, text: str) -> None:
+        says = [line for line in text.splitlines() if line == "READY=1" or line.startswith("STATUS=")]
+        if not says:
             return
+        assert self._tree is not None
         if not self._tree.has(sender):
             if "READY=1" in says:
                 self.refused = f"READY=1 came from pid {sender}, which is none of its processes"
@@ -95,6 +86,5 @@ class Notices:
 
     def close(self) -> None:
         """Frees the socket; harmless a second time."""
-        if self._sock.fileno() >= 0:
-            self._events.unwatch(self._sock.fileno())
-            self._sock.close()
+        self._events.unwatch(self._sock.fileno())
+        self._sock.close()

@@ -80,15 +80,11 @@ class _Stream:
         self._is_terminal = os.isatty(target)
         self._reading, self.end = os.openpty() if self._is_terminal else os.pipe()
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
-        try:
-            if self._is_terminal:
-                modes = termios.tcgetattr(self.end)
-                modes[1] &= ~termios.OPOST  # our own terminal does that: the bytes come as they were written
-                termios.tcsetattr(self.end, termios.TCSANOW, modes)
-                self.resize()
-        except BaseException:
-            self.give_up()
-            raise
+        if self._is_terminal:
+            modes = termios.tcgetattr(self.end)
+            modes[1] &= ~termios.OPOST  # our own terminal does that: the bytes come as they were written
+            termios.tcsetattr(self.end, termios.TCSANOW, modes)
+            self.resize()
 
     def give_up(self) -> None:
         os.close(self._reading)

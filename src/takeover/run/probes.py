@@ -91,9 +91,9 @@ class Probe:
         except proc.Hidden as error:
             others = [process.pid for process in proc.all_processes() if process.pid not in pids]
             with contextlib.suppress(proc.Hidden):
-                if holder_of(others, inode) is None:
-                    return Taken(None, str(error))
-            return Taken(None, "" if _is_held(others, inode) else str(error))
+                if holder_of(others, inode) is not None:
+                    return Taken(None)
+            return Taken(None, str(error))
 
     def _by_elimination(self, reason: str) -> Taken | None:
         """The kernel names no socket at the other end: it is not there yet, or not any more."""
@@ -117,11 +117,3 @@ class Probe:
 
     def close(self) -> None:
         self.sock.close()
-
-
-def _is_held(pids: Sequence[int], inode: int) -> bool:
-    for pid in pids:
-        with contextlib.suppress(proc.Hidden):
-            if holder_of([pid], inode) is not None:
-                return True
-    return False

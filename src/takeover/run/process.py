@@ -62,7 +62,7 @@ def start(
         telling = _copy(writing, above, own)
         given = [(_copy(descriptor, above, own), FIRST + place) for place, descriptor in enumerate(descriptors)]
         given += [(_copy(output, above, own), number) for number, output in enumerate(outputs or (), 1)]
-        if _is_terminal(0):
+        if os.isatty(0):
             given.append((_copy(os.open(os.devnull, os.O_RDONLY), above, own, close=True), 0))
         pid = _fork(executable, list(words), dict(environment), given, telling, ignored)
         for each in (writing, telling):
@@ -88,13 +88,6 @@ def _copy(descriptor: int, above: int, own: list[int], *, close: bool = False) -
         if close:
             os.close(descriptor)
     return own[-1]
-
-
-def _is_terminal(descriptor: int) -> bool:
-    try:
-        return os.isatty(descriptor)
-    except OSError:
-        return False
 
 
 def _fork(

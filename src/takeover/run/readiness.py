@@ -79,7 +79,7 @@ class Check:
         self._listeners = list(listeners)
         self._given = [os.fstat(each.sock.fileno()).st_ino for each in listeners]
         self._tree: Tree | None = None
-        self._timer: Timer | None = None
+        self._timer = Timer(0.0, lambda: None)
         self._since = 0.0
         self._announced = 0
         self._told = ""
@@ -123,7 +123,8 @@ class Check:
             self._timer = self._events.call_later(self._way.seconds, self._has_lived)
         elif kind in ("auto", "tcp", "http", "exec"):
             if not endpoints:
-                self._told = f"--ready {kind} needs a listener to probe, and it was given none"
+                reason = f"--ready {kind} needs a listener to probe, and it was given none"
+                self._timer = self._events.call_later(0, lambda: self._fail(reason))
                 return
             self._acceptance = Acceptance(endpoints, strict=kind in ("tcp", "http"))
             self._timer = self._events.call_later(SOONEST, self._look)
@@ -134,8 +135,7 @@ class Check:
         if lines is not None and not self._over:
             self._has_written(lines.search(data))
             if not self._over:
-                if self._timer is not None:
-                    self._timer.cancel()
+                self._timer.cancel()
                 self._timer = self._events.call_later(PAUSE, lambda: self._has_written(lines.search_unfinished()))
 
     def _has_written(self, line: str | None) -> None:
@@ -145,8 +145,9 @@ class Check:
     def why_not(self, status: int | None = None) -> str:
         """One line on what was seen, for a process that has died or has used up its time; empty if that was nothing.
 
-        status: its exit status, if it has ended.
+        status: its exit status, if it has ended; it is not ready any more then, whatever it has sent before.
         """
+        self._over = self._over or status is not None
         told = [self._told]
         if self._tree is not None and not status:
             told.insert(0, diagnosis.why_not(self._tree, self._acceptance, self._given))
@@ -233,8 +234,7 @@ class Check:
             self._succeed(proof)
 
     def _look_again(self, latest: float = LATEST) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
         passed = time.monotonic() - self._since
         self._timer = self._events.call_later(min(max(passed / 10, SOONEST), latest), self._look)
 
@@ -288,14 +288,12 @@ class Check:
             self._on_ready(proof)
 
     def _fail(self, reason: str) -> None:
-        if not self._over:
-            self._end()
-            self._on_failed(reason)
+        self._end()
+        self._on_failed(reason)
 
     def _end(self) -> None:
         self._over = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
         if self._asking is not None:
             self._asking.close()
         if self._acceptance is not None:

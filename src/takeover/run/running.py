@@ -50,21 +50,19 @@ class Running:
         events.watch_child(pid, self._process_ended)
 
     def signal(self, signum: int) -> None:
-        """Passes a signal on to the process itself."""
-        if not self.ended:
-            orphans.kill([self.pid], signum)
+        """Passes a signal on to the process itself, which has not ended yet."""
+        orphans.kill([self.pid], signum)
 
     def stop(self, timeout: float | None = None) -> None:
         """Asks it to end, and kills what has not ended after the stop timeout, or so many seconds."""
-        if self._deadline is None and not self.gone:
+        if self._deadline is None:
             self._deadline = self._events.call_later(self._stop_timeout if timeout is None else timeout, self._overtime)
             self._ask_to_stop([] if self.ended else [self.pid])
 
     def kill(self) -> None:
         """Ends everything at once."""
         self._killing = True
-        if not self.gone:
-            orphans.kill(self._tree())
+        orphans.kill(self._tree())
 
     def _tree(self) -> list[int]:
         return orphans.tree(self.pid, ended=self.ended)

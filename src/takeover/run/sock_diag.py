@@ -6,6 +6,7 @@ Requests and answers are those of include/uapi/linux/{sock_diag,inet_diag,unix_d
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -136,17 +137,18 @@ def _dump(request: bytes) -> list[bytes]:
     """The bodies of all answers; none where the kernel refuses."""
     message = struct.pack("=IHHII", 16 + len(request), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 1, 0) + request
     found: list[bytes] = []
-    try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
-            sock.setblocking(False)
-            sock.send(message)
-            while data := sock.recv(65536):
-                while len(data) >= 16:
-                    length, kind = struct.unpack_from("=IH", data)
-                    if kind in (NLMSG_DONE, NLMSG_ERROR):
-                        return found
-                    found.append(data[16:length])
-                    data = data[(length + 3) & ~3 :]
-    except OSError:
-        pass
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock,
+    ):
+        sock.setblocking(False)
+        sock.send(message)
+        while True:
+            data = sock.recv(65536)
+            while len(data) >= 16:
+                length, kind = struct.unpack_from("=IH", data)
+                if kind in (NLMSG_DONE, NLMSG_ERROR):
+                    return found
+                found.append(data[16:length])
+                data = data[(length + 3) & ~3 :]
     return found

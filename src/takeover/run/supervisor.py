@@ -171,8 +171,6 @@ class Supervisor(Server):
 
     def _commit(self) -> None:
         assert self.service is not None
-        if self._ending:
-            return
         try:
             report = self.service.ready()
         except TakeoverError as error:
@@ -203,8 +201,8 @@ class Supervisor(Server):
     def _on_died(self, status: int) -> bool:
         """A process that was in service has ended: whether it is to be started again."""
         assert self.service is not None
-        if self._ending or not self._serving:
-            return not self._ending
+        if not self._serving:
+            return True
         if self.service.state == "probation" and self.crew is not None and not self.crew.any_ready:
             reason = f"the command ended in the probation with {in_words(status)}"
             if self.service.give_back(reason):
@@ -232,8 +230,6 @@ class Supervisor(Server):
 
     def _reloaded(self) -> None:
         old, self.crew, self.coming = self.crew, self.coming, None
-        if self._ending:
-            return
         assert old is not None
         logger.info("the new command serves; stopping the old one (%s)", _pids(old))
         self._retire(old)
@@ -241,8 +237,6 @@ class Supervisor(Server):
 
     def _reload_failed(self, reason: str) -> None:
         new, self.coming = self.coming, None
-        if self._ending:
-            return
         assert new is not None
         logger.error("the command was not replaced: %s; the old one serves on", reason)
         self._retire(new, min(FAILED_STOP, self.options.stop_timeout))
@@ -269,8 +263,6 @@ class Supervisor(Server):
         self._ending = True
         for crew in list(self._crews):
             self._retire(crew, timeout)
-        if not self._crews:
-            self.events.stop()
 
     def _leave(self) -> None:
         """The service is over: path and lock are free, and who connects is refused as soon as the command stops.
@@ -343,8 +335,8 @@ class Supervisor(Server):
             self._reload()
 
     def _pass_on(self, signum: int) -> None:
-        if self.crew is not None:
-            self.crew.signal(signum)
+        assert self.crew is not None
+        self.crew.signal(signum)
 
     # Called by the control thread.
 

@@ -12,12 +12,11 @@ def observer_of(supervisor: Supervisor) -> Observer:
     """An observer that tells of a reload from its SIGHUP to its end, which is what Type=notify-reload waits for."""
 
     def tell(moment: Moment, text: str) -> None:
-        service = supervisor.service
-        if service is None:
-            return
+        assert supervisor.service is not None
+        manager = supervisor.service.manager
         if moment.name == "RELOADING":
-            service.manager.reloading(text)
+            manager.reloading(text)
         elif moment.name == "RELOADED":
-            service.manager.reloaded(text)
+            manager.reloaded(text)
 
     return tell
