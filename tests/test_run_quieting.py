@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
 import select
 import signal
@@ -9,13 +11,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 
 from clients import LIMIT, eventually, receive_exactly
 from processes import Program, Room
-from takeover.run import conversations, hush, quieting
+from takeover.run import conversations, hush, proc, quieting, waiting
 from takeover.run.events import Events
 
 
@@ -118,6 +121,74 @@ def test_a_process_that_has_gone_or_has_no_epoll_set_is_left_alone(listener: soc
     gone = room.run("true")
     gone.wait()
     assert hush.hush([gone.pid, os.getpid()], [listener]) == []
+
+
+def refuse(*_: object) -> NoReturn:
+    raise OSError(1, "Operation not permitted")
+
+
+def refuse_threads(*_: object) -> NoReturn:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "instead", "said"),
+    [
+        (threading.Thread, "start", refuse_threads, "not hushed: can't start new thread"),
+        (hush, "_libc", SimpleNamespace(unshare=lambda flags: -1), "not hushed: unshare CLONE_FILES"),
+        (fcntl, "fcntl", refuse, "not hushed: dup of a listener"),
+        (hush, "fetch", refuse, "not hushed: [Errno 1] Operation not permitted"),
+    ],
+)
+def test_what_cannot_be_hushed_stays_as_it_is_and_the_reason_is_logged(
+    start: Callable[..., Program],
+    listener: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: Any,
+    name: str,
+    instead: Any,
+    said: str,
+) -> None:
+    program = start()
+    caplog.set_level("DEBUG")
+    with monkeypatch.context() as broken:
+        broken.setattr(where, name, instead)
+        assert hush.hush([program.pid], [listener]) == []
+    assert said in caplog.text and gc.isenabled()
+    assert len(hush.find([program.pid], [listener])) == 1
+
+
+def test_a_listener_that_the_server_has_taken_out_meanwhile_is_nothing_to_tell(
+    start: Callable[..., Program],
+    listener: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    program = start()
+    entries = hush.find([program.pid], [listener])
+    assert hush.hush([program.pid], [listener]) == entries
+    caplog.set_level("DEBUG")
+    monkeypatch.setattr(hush, "find", lambda *_: entries)
+    assert hush.hush([program.pid], [listener]) == []
+    assert caplog.text == ""
+
+
+def test_a_garbage_collector_that_was_off_stays_off(start: Callable[..., Program], listener: socket.socket) -> None:
+    program = start()
+    gc.disable()
+    try:
+        assert hush.hush([program.pid], [listener])
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_a_descriptor_that_is_not_there_cannot_be_fetched_and_leaves_none(listener: socket.socket) -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="pidfd_getfd: Bad file descriptor"):
+        hush.fetch(os.getpid(), 1 << 20)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_the_program_of_these_tests_drops_at_the_signal_who_has_not_asked_yet(
@@ -265,3 +336,130 @@ def test_a_client_that_has_left_is_not_waited_for(listener: socket.socket) -> No
             found = conversations.of(conversations.holders([os.getpid()]), [listener])
             assert [each.client_is_done for each in found] == [True, True]
             assert not any(each.awaits_its_first_answer for each in found)
+
+
+@pytest.mark.parametrize("error", [OSError(1, "Operation not permitted"), proc.Hidden("pid 1: Permission denied")])
+def test_where_nothing_can_be_seen_the_signal_is_sent_at_once(
+    start: Callable[..., Program],
+    listener: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(conversations, "of", fail)
+    caplog.set_level("DEBUG")
+    program = start()
+    stop_quietly(program, listener, drain=LIMIT)
+    assert program.wait() == 0
+    assert f"not waiting for what was accepted: {error}" in caplog.text
+
+
+def test_who_stays_to_the_end_of_the_drain_is_counted_and_cut_off(
+    start: Callable[..., Program],
+    listener: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(quieting, "PATIENCE", 0.1)
+    caplog.set_level("INFO")
+    program = start(cuts=True)
+    with connect(listener) as idle:
+        idle.sendall(b"hello\n")
+        assert receive_exactly(idle, 6) == b"hello\n"
+        stop_quietly(program, listener, drain=0.3, spare_idle=True)
+        assert program.wait() == 0
+        assert idle.recv(1) == b""
+    assert "1 connections are left after" in caplog.text
+
+
+SEEN = conversations.Conversation(
+    pid=4711,
+    descriptor=7,
+    inode=1,
+    unread=0,
+    unsent=0,
+    received=1,
+    sent=1,
+    since_received=10_000,
+    since_sent=10_000,
+    since_heard=10_000,
+    client_is_done=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("spent", "since", "certain", "sleeps", "due"),
+    [
+        (0.0, 110, True, False, True),
+        (0.0, 90, True, True, False),
+        (0.5, 50, True, True, True),
+        (0.5, 50, True, False, False),
+        (0.98, 50, True, False, True),
+        (0.4, 600, False, True, False),
+        (0.6, 600, False, False, True),
+        (0.6, 400, False, True, False),
+    ],
+)
+def test_an_answer_counts_as_complete_the_sooner_the_later_it_is_in_the_drain(
+    monkeypatch: pytest.MonkeyPatch, spent: float, since: int, certain: bool, sleeps: bool, due: bool
+) -> None:
+    """certain: that the last data was an answer. sleeps: whether the event loop of its process does."""
+    events = Events()
+    try:
+        quiet = quieting.Quieting(events, list, [], lambda: None, drain=1000.0)
+        quiet._began = time.monotonic() - 1000.0 * spent
+        quiet._epolls = {(SEEN.pid, 3)}
+        monkeypatch.setattr(waiting, "sleeps_on", lambda pid, epoll: sleeps)
+        assert quiet._is_due(SEEN._replace(since_sent=since, since_received=since + 10 * certain)) is due
+    finally:
+        events.close()
+
+
+@pytest.fixture
+def idle(listener: socket.socket) -> Iterator[tuple[socket.socket, conversations.Conversation]]:
+    """A client of this process that got its answer, and how it is seen from outside."""
+    with connect(listener) as client:
+        eventually(lambda: is_waiting(listener), "the connection is in the queue")
+        with listener.accept()[0] as server:
+            client.sendall(b"hello\n")
+            server.sendall(receive_exactly(server, 6))
+            (seen,) = conversations.of(conversations.holders([os.getpid()]), [listener])
+            yield client, seen
+
+
+@pytest.mark.parametrize("change", [{}, {"inode": 1}, {"descriptor": 1 << 20}])
+def test_only_the_connection_that_was_seen_idle_and_still_is_gets_ended(
+    idle: tuple[socket.socket, conversations.Conversation],
+    change: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client, seen = idle
+    assert receive_exactly(client, 6) == b"hello\n"
+    caplog.set_level("DEBUG")
+    events = Events()
+    try:
+        quiet = quieting.Quieting(events, list, [], lambda: None, drain=1000.0)
+        quiet._began -= 2000.0
+        if change:
+            quiet._end(seen._replace(**change))
+            assert not is_waiting(client) and not quiet._ended
+            assert ("an idle connection of pid" in caplog.text) is ("descriptor" in change)
+        else:
+            eventually(lambda: quiet._end(seen) or quiet._ended, "it has been idle for long enough")
+            assert client.recv(1) == b""
+            assert quiet._ended == {seen.inode}
+    finally:
+        events.close()
+
+
+def test_a_connection_that_is_at_work_again_when_it_would_be_ended_lives_on(
+    idle: tuple[socket.socket, conversations.Conversation], listener: socket.socket
+) -> None:
+    client, seen = idle
+    with socket.socket(fileno=os.dup(seen.descriptor)) as server:
+        assert not conversations.end(server, seen, lambda each: False)
+        client.sendall(b"again\n")
+        assert receive_exactly(server, 6) == b"again\n"
