@@ -447,10 +447,14 @@ def test_only_the_connection_that_was_seen_idle_and_still_is_gets_ended(
             quiet._end(seen._replace(**change))
             assert not is_waiting(client) and not quiet._ended
             assert ("an idle connection of pid" in caplog.text) is ("descriptor" in change)
-        else:
-            eventually(lambda: quiet._end(seen) or quiet._ended, "it has been idle for long enough")
-            assert client.recv(1) == b""
-            assert quiet._ended == {seen.inode}
+            return
+
+        def ended() -> set[int]:
+            quiet._end(seen)
+            return quiet._ended
+
+        assert eventually(ended, "it has been idle for long enough") == {seen.inode}
+        assert client.recv(1) == b""
     finally:
         events.close()
 

@@ -14,13 +14,18 @@ import sys
 import termios
 import threading
 from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import pytest
 
 from clients import LIMIT, eventually
 from newcomers import NEWCOMER, Trial, Trials, tcp, trials, unix
+from takeover.run import proc
+from takeover.run.asking import Asking
 from takeover.run.lines import Lines
 from takeover.run.output import Relay, finish
+from takeover.run.probes import endpoint
+from takeover.run.trying import Trying
 
 
 @pytest.fixture
@@ -63,6 +68,41 @@ def test_an_answer_that_does_not_come_is_waited_for_no_longer_than_five_seconds(
     monkeypatch.setattr("takeover.run.asking.PATIENCE", 0.2)
     trial = stage.newcomer("http:/", [stage.listen(tcp())], "serve_http", "hang")
     eventually(lambda: trial.run(0.05) or "no answer within 0.2 s" in trial.check.why_not(), "it is told")
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (False, "it closed the connection without an answer"),
+        (True, "no answer: Connection reset by peer"),
+    ],
+)
+def test_a_connection_that_is_reset_instead_of_answered_is_told_once(stage: Trials, asked: bool, reason: str) -> None:
+    listening = stage.listen(tcp())
+    client = socket.create_connection(listening.sock.getsockname(), LIMIT)
+    client.setblocking(False)
+    server = eventually(lambda: _accepted(listening.sock), "the connection has come")
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    told: list[tuple[int, str]] = []
+    if not asked:
+        server.close()
+    Asking(
+        stage.events,
+        client,
+        endpoint(listening.url, listening.sock),
+        "/",
+        lambda status, why: told.append((status, why)),
+    )
+    server.close()
+    eventually(lambda: stage.events.run_once(0.05) or told, "it is told")
+    assert told == [(0, reason)] and client.fileno() < 0 and stage.events._timeout(None) is None
+
+
+def _accepted(listener: socket.socket) -> socket.socket | None:
+    try:
+        return listener.accept()[0]
+    except BlockingIOError:
+        return None
 
 
 def test_the_old_command_is_never_asked_for_the_new_one(stage: Trials) -> None:
@@ -109,6 +149,39 @@ def test_a_command_of_the_users_that_hangs_is_killed_with_all_that_it_has_starte
         eventually(lambda line=line: stage.events.reap() or not os.path.exists(f"/proc/{line}"), "it is gone")
 
 
+def test_a_command_of_the_users_is_given_the_path_of_a_unix_listener(stage: Trials, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "s"
+    same = f'test "$TAKEOVER_URL $TAKEOVER_PATH" = "unix:{path} {path}"'
+    trial = stage.newcomer(f"exec:{same}", [stage.listen(unix(str(path)))], "wait_in_epoll")
+    assert trial.run().endswith("exec ended with exit status 0")
+
+
+def test_a_command_of_the_users_that_is_given_up_is_killed_and_tells_nothing(stage: Trials) -> None:
+    ended: list[int] = []
+    trying = Trying(stage.events, "sleep 60", {}, lambda status, last: ended.append(status))
+    trying.close()
+    trying.close()
+    eventually(lambda: stage.events.reap() or not proc.is_there(trying._pid), "it is gone")
+    assert ended == []
+
+
+def _refuse(*_: object, **__: object) -> NoReturn:
+    raise OSError(24, "Too many open files")
+
+
+def test_a_command_of_the_users_that_cannot_be_started_is_a_failure_and_leaves_no_pipe(
+    stage: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = stage.newcomer("exec:true", [stage.listen(tcp())], "wait_in_epoll")
+    monkeypatch.setattr(os, "posix_spawn", _refuse)
+    trial.run()
+    assert trial.failure == "start /bin/sh for --ready exec: Too many open files"
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="Too many"):
+        Trying(stage.events, "true", {}, lambda *_: None)
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_command_of_the_users_is_not_asked_about_an_old_one(stage: Trials) -> None:
     listeners = [stage.listen(tcp())]
     assert stage.newcomer("tcp", listeners, "wait_in_epoll").run()
@@ -129,6 +202,13 @@ def test_where_no_line_matches_the_last_one_is_told(stage: Trials) -> None:
 
 def test_a_line_that_does_not_end_counts_after_a_pause(stage: Trials) -> None:
     assert _relayed(stage, "line:ready", "ask_without_a_newline").run() == "it wrote: ready?"
+
+
+def test_what_is_written_by_a_process_that_has_ended_makes_nothing_ready(stage: Trials) -> None:
+    trial = stage.make("line:serving", [], "true")
+    trial.check.close()
+    trial.check.output(b"serving\n")
+    assert trial.proof == ""
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -167,8 +247,11 @@ def _read_line(descriptor: int) -> bytes:
     return line
 
 
-def test_output_passes_through_untouched_however_much_it_is(stage: Trials) -> None:
+@pytest.mark.parametrize("blocking", [True, False])
+def test_output_passes_through_untouched_however_much_it_is(stage: Trials, blocking: bool) -> None:
+    """blocking: as a pipe is, unless somebody else who has it has changed that."""
     reading, writing = os.pipe()
+    os.set_blocking(writing, blocking)
     trial = _relayed(stage, "delay:0.05", "write_much", "20", outputs=(writing, writing))
     received = bytearray()
 
@@ -220,10 +303,43 @@ def test_two_outputs_stay_two(stage: Trials) -> None:
     trial = _relayed(stage, "line:terminal", "describe_terminal", outputs=(writing, slave))
     assert trial.run() == "it wrote: terminal False True ()"
     assert _read_line(reading) == b"terminal False True ()\n"
+    assert trial.relay is not None
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 90, 0, 0))
+    trial.relay.resized()
+    sizes = [fcntl.ioctl(each._reading, termios.TIOCGWINSZ, bytes(8))[:4] for each in trial.relay._streams[1:]]
+    assert sizes == [struct.pack("HH", 40, 90)]
     trial.end()
     finish(LIMIT)
     for descriptor in (master, slave, reading, writing):
         os.close(descriptor)
+
+
+def test_a_relay_for_which_there_are_not_enough_descriptors_leaves_none(
+    stage: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = os.pipe(), os.pipe()
+    before = os.listdir("/proc/self/fd")
+    makers = iter([os.pipe, _refuse])
+    monkeypatch.setattr(os, "pipe", lambda: next(makers)())
+    with pytest.raises(OSError, match="Too many"):
+        Relay(stage.events, print, (one[1], other[1]))
+    assert os.listdir("/proc/self/fd") == before
+    for descriptor in (*one, *other):
+        os.close(descriptor)
+
+
+def test_output_that_was_read_before_nobody_needed_it_any_more_only_passes_through(stage: Trials) -> None:
+    reading, writing = os.pipe()
+    told: list[bytes] = []
+    relay = Relay(stage.events, told.append, (writing, writing))
+    os.write(relay.ends[0], b"serving\n")
+    relay.started()
+    assert _read_line(reading) == b"serving\n"
+    finish(LIMIT)
+    stage.events.run_once(0)
+    assert told == []
+    os.close(reading)
+    os.close(writing)
 
 
 PROBED = """
@@ -261,3 +377,32 @@ def test_http_is_asked_on_the_probe_listener(stage: Trials) -> None:
     trial.start()
     assert trial.run() == f"pid {trial.pid} accepted a probe on {url}, and answered GET /ready with 200"
     assert socket.create_connection(shared.sock.getsockname(), LIMIT).close() is None
+
+
+def test_a_probe_that_was_accepted_on_the_probe_listener_proves_it_of_a_command_that_cannot_be_looked_into(
+    stage: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hidden(pid: int) -> dict[int, str]:
+        raise proc.Hidden(f"pid {pid}: Permission denied")
+
+    monkeypatch.setattr(proc, "descriptors", hidden)
+    trial = stage.make("auto", [stage.listen(tcp())], sys.executable, "-c", PROBED, "fd", "{fd:probe}")
+    assert trial.check.probe is not None
+    url = trial.check.probe[1]
+    trial.start()
+    assert trial.run() == f"a probe was accepted on {url}, of which only this command was told"
+
+
+@pytest.mark.parametrize(("where", "name"), [(socket.socket, "listen"), ("takeover.run.readiness.Notices", "__init__")])
+def test_a_check_that_cannot_be_made_leaves_no_descriptor(
+    stage: Trials, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
+) -> None:
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as broken:
+        if isinstance(where, str):
+            broken.setattr(f"{where}.{name}", _refuse)
+        else:
+            broken.setattr(where, name, _refuse)
+        with pytest.raises(OSError, match="Too many"):
+            stage.make("notify", [], "true", "{fd:probe}")
+    assert os.listdir("/proc/self/fd") == before

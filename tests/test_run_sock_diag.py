@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import pathlib
 import socket
+import struct
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
+from clients import eventually
 from newcomers import Listening, tcp, unix
-from takeover.run import conversations, sock_diag
+from takeover.run import conversations, proc, sock_diag
+from takeover.run.probes import Probe, Taken, endpoint
 
 
 def refuse(*_: object) -> NoReturn:
@@ -98,3 +101,73 @@ def test_what_the_kernel_refuses_is_an_error_with_its_number() -> None:
 def test_where_the_kernel_may_not_be_asked_no_listener_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "socket", refuse)
     assert sock_diag.all_listeners() == []
+
+
+@pytest.fixture
+def accepted() -> Iterator[tuple[Probe, socket.socket]]:
+    """A probe, and the connection at the other end of it."""
+    listening = tcp()
+    with listening.sock:
+        probe = Probe(endpoint(listening.url, listening.sock))
+        try:
+            eventually(lambda: sock_diag.server_end(probe.sock) == sock_diag.IN_QUEUE, "the probe is in the queue")
+            with listening.sock.accept()[0] as server:
+                yield probe, server
+        finally:
+            probe.close()
+
+
+def test_where_the_kernel_does_not_tell_who_accepted_a_greeting_shows_that_somebody_did(
+    accepted: tuple[Probe, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tell_nothing(sock: socket.socket) -> int:
+        raise sock_diag.Unknown("sock_diag: Operation not permitted")
+
+    monkeypatch.setattr(sock_diag, "server_end", tell_nothing)
+    probe, server = accepted
+    assert probe.taken([]) is None and probe.lost == "sock_diag: Operation not permitted"
+    server.sendall(b"220 mail.example.org ESMTP\r\n")
+    assert probe.taken([]) == Taken(None, "sock_diag: Operation not permitted")
+    assert not probe.vanished
+    server.shutdown(socket.SHUT_WR)
+    assert probe.taken([]) is None and probe.vanished
+    assert probe.lost == "it was accepted and closed at once"
+
+
+def test_a_probe_that_is_reset_was_accepted_by_nobody_knows_whom(accepted: tuple[Probe, socket.socket]) -> None:
+    probe, server = accepted
+    assert probe.taken([os.getpid()]) == Taken(os.getpid())
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    server.close()
+    assert probe.taken([os.getpid()]) is None
+    assert (probe.lost, probe.vanished) == ("it was accepted and ended with Connection reset by peer", True)
+
+
+@pytest.mark.parametrize(
+    ("holds", "hidden", "taken"),
+    [
+        (None, {1}, Taken(None, "pid 1: Permission denied")),
+        (None, {1, 2}, Taken(None, "pid 1: Permission denied")),
+        (3, {1, 2}, Taken(None)),
+        (1, set(), Taken(1)),
+    ],
+)
+def test_who_has_accepted_a_probe_is_told_as_far_as_processes_can_be_looked_into(
+    accepted: tuple[Probe, socket.socket],
+    monkeypatch: pytest.MonkeyPatch,
+    holds: int | None,
+    hidden: set[int],
+    taken: Taken,
+) -> None:
+    """Process 1 is the command's, and processes 2 and 3 are other people's."""
+    probe, server = accepted
+    inode = os.fstat(server.fileno()).st_ino
+
+    def descriptors(pid: int) -> dict[int, str]:
+        if pid in hidden:
+            raise proc.Hidden(f"pid {pid}: Permission denied")
+        return {5: f"socket:[{inode}]"} if pid == holds else {}
+
+    monkeypatch.setattr(proc, "descriptors", descriptors)
+    monkeypatch.setattr(proc, "all_processes", lambda: iter([SimpleNamespace(pid=pid) for pid in (1, 2, 3)]))
+    assert probe.taken([1]) == taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 from collections.abc import Callable
@@ -48,12 +49,8 @@ class Asking:
             "Connection: close\r\n\r\n"
         )
         events.watch(sock.fileno(), self._read)
-        try:
+        with contextlib.suppress(OSError):  # a connection that has been closed already is readable, and tells so
             sock.send(request.encode())  # far smaller than an empty send buffer
-        except OSError as error:
-            reason = f"it closed the connection before it was asked ({error.strerror})"
-            self._timer.cancel()
-            self._timer = events.call_later(0, lambda: self._done(0, reason))
 
     def _read(self) -> None:
         try:
