@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pathlib
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from clients import eventually
 from processes import Room
-from supervised import deploy, served, supervise, who
+from supervised import MAIN, deploy, served, supervise, who
 from takeover.errors import CommandError, UsageError
 from takeover.run import process
 from takeover.run.command import Listening, check_words, environment_of, executable_of, fill_in
@@ -152,7 +154,9 @@ def test_a_process_gets_its_descriptors_in_order_whatever_their_numbers_were(tmp
         assert run_child(words, {}, wanted, frozenset({signal.SIGINT})) == 0
         held, ignored, blocked = json.loads((tmp_path / "seen").read_text())
         assert [held[str(3 + place)] for place in range(4)] == [os.fstat(end).st_ino for end in wanted]
-        assert len(held) <= 5, "and no others; one is the look itself"
+        numbers = [int(number) for number in before if os.path.exists(f"/proc/self/fd/{number}")]
+        inherited = [number for number in numbers if number > 6 and os.get_inheritable(number)]
+        assert len(held) <= 5 + len(inherited), "and no others of ours; one is the look itself"
         assert signal.SIGINT in ignored and signal.SIGTERM not in ignored and blocked == []
         assert set(os.listdir("/proc/self/fd")) == before
     finally:
@@ -175,6 +179,47 @@ def test_a_process_that_cannot_be_executed_is_explained_and_waited_for(tmp_path:
     assert set(os.listdir("/proc/self/fd")) == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def failing_after(count: int, call: Callable[..., Any]) -> Callable[..., Any]:
+    left = [call] * count
+
+    def fail(*arguments: Any) -> Any:
+        if left:
+            return left.pop()(*arguments)
+        raise OSError(24, "Too many open files")
+
+    return fail
+
+
+@pytest.mark.parametrize("count", range(3))
+def test_a_process_for_which_there_are_not_enough_descriptors_is_not_started_and_leaves_none(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(fcntl, "fcntl", failing_after(count, fcntl.fcntl))
+    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
+    with pytest.raises(CommandError, match="start /bin/true: Too many open files"):
+        process.start("/bin/true", ["true"], {}, [0])
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_kernel_that_makes_nobody_a_subreaper_is_an_error_that_names_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "_prctl", lambda *_: -1)
+    with pytest.raises(CommandError, match="prctl PR_SET_CHILD_SUBREAPER: "):
+        process.become_subreaper()
+
+
+@pytest.mark.parametrize("words", [(MAIN,), ("-m", "takeover.run")])
+@pytest.mark.parametrize("arguments", [(), ("{}",), ("--listen", "tcp://127.0.0.1:1")])
+def test_what_the_command_becomes_is_not_to_be_started_by_hand(
+    room: Room, words: tuple[str, ...], arguments: tuple[str, ...]
+) -> None:
+    program = room.run(sys.executable, *words, *arguments)
+    assert program.wait() == 2
+    assert "takeover.run is started by the command `takeover run`" in program.text
 
 
 def test_the_command_gets_its_listeners_from_descriptor_3_on_and_nothing_else(room: Room) -> None:
@@ -216,6 +261,7 @@ def test_a_udp_listener_is_handed_to_the_command_too(room: Room) -> None:
         (("no-such-command",), "command not found: no-such-command"),
         (("/etc/passwd",), "/etc/passwd is not executable"),
         (("/no/such",), "/no/such is not there"),
+        (("/no/{fd}",), "/no/3 is not there"),
     ],
 )
 def test_a_command_that_cannot_run_is_named_and_nothing_is_touched(room: Room, command: tuple[str], said: str) -> None:

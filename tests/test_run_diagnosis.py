@@ -18,7 +18,7 @@ from clients import eventually
 from newcomers import NEWCOMER, Trial, Trials, tcp, trials
 from processes import Room
 from supervised import supervise
-from takeover.run import diagnosis, proc
+from takeover.run import acceptance, diagnosis, proc
 
 PR_SET_CHILD_SUBREAPER = 36
 """include/uapi/linux/prctl.h"""
@@ -73,6 +73,22 @@ def test_what_forked_away_is_told_with_its_pid(stage: Trials) -> None:
         prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
+def test_a_port_that_the_command_was_to_bind_and_has_not_is_told(stage: Trials) -> None:
+    words = [sys.executable, "-c", "import time; time.sleep(60)", "{port:probe}"]
+    trial = stage.make("auto", [stage.listen(tcp())], *words)
+    assert trial.check.probe is not None
+    url = trial.check.probe[1]
+    trial.start()
+    _tells(trial, f"nothing of it accepts on {url} (connect {url}: Connection refused)")
+
+
+def test_a_process_that_has_gone_meanwhile_is_left_out_of_what_they_do() -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    assert diagnosis.doing([process.pid, os.getpid()]) == diagnosis.doing([os.getpid()]) != ""
+    assert diagnosis.doing([process.pid]) == ""
+
+
 def test_the_last_status_and_a_ready_that_was_no_proof_are_told(stage: Trials) -> None:
     _tells(stage.newcomer("notify", [], "say_only_a_status"), "not sent READY=1", "its last STATUS: loading 7 of 9")
     _tells(
@@ -104,14 +120,17 @@ def test_a_file_that_only_has_granian_in_its_name_is_not_granian(stage: Trials) 
     assert not diagnosis.is_granian([trial.pid])
 
 
-@pytest.mark.once
-def test_what_cannot_be_looked_into_counts_as_ready_when_it_wakes_up_for_probes(
-    stage: Trials, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def hidden(pid: int) -> dict[int, str]:
         raise proc.Hidden(f"pid {pid}: Permission denied")
 
     monkeypatch.setattr(proc, "descriptors", hidden)
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("hidden")
+def test_what_cannot_be_looked_into_counts_as_ready_when_it_wakes_up_for_probes(stage: Trials) -> None:
     listeners = [stage.listen(tcp())]
     first = stage.newcomer("auto", listeners, "wait_in_epoll")
     assert f"pid {first.pid} woke up for " in first.run() and "is not to be seen (pid " in first.proof
@@ -124,6 +143,22 @@ def test_what_cannot_be_looked_into_counts_as_ready_when_it_wakes_up_for_probes(
     assert announced.run() == f"READY=1 from pid {announced.pid}"
     silent = stage.newcomer("auto", [stage.listen(tcp())], "hang")
     assert silent.run(1) == "" and "is not to be seen from here (pid " in silent.check.why_not()
+
+
+@pytest.mark.usefixtures("hidden")
+def test_listeners_of_what_cannot_be_looked_into_are_probed_one_after_the_other(stage: Trials) -> None:
+    listeners = [stage.listen(tcp()), stage.listen(tcp())]
+    proof = stage.newcomer("auto", listeners, "wait_in_epoll").run()
+    assert all(f"who has accepted them on {each.url} is not to be seen" in proof for each in listeners)
+
+
+@pytest.mark.usefixtures("hidden")
+def test_what_cannot_be_looked_into_and_never_sleeps_counts_when_it_has_lived_for_a_while(
+    stage: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceptance, "BUSY", 0.0)
+    trial = stage.newcomer("auto", [stage.listen(tcp())], "spin_without_waiting")
+    assert trial.run().startswith(f"pid {trial.pid} is busy; who has accepted them on tcp://")
 
 
 SETPRIV = ["setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace"]

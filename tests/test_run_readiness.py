@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import select
 import socket
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 from clients import eventually
 from newcomers import NEWCOMER, Trials, tcp, trials, udp, unix
 from takeover.errors import UsageError
-from takeover.run import proc, waiting
+from takeover.run import acceptance, notices, proc, waiting
+from takeover.run.events import Events
+from takeover.run.notices import Notices
 from takeover.run.readiness import Way, parse, wanted_of_probe
 
 
@@ -85,6 +88,7 @@ WAITS = [
     "wait_in_epoll",
     "wait_in_nested_epoll",
     "wait_in_poll",
+    "wait_in_poll_for_an_epoll_set",
     "wait_in_select",
     "run_asyncio",
     "accept_in_a_child",
@@ -176,6 +180,54 @@ def test_the_new_command_is_found_beside_an_old_one_that_accepts_too(stage: Tria
     assert accepted == new.pid or (what == "accept_in_a_child" and accepted not in [each.pid for each in old])
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_command_that_waits_and_is_never_the_one_who_accepts_counts_unless_a_proof_was_asked_for(
+    stage: Trials, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    monkeypatch.setattr(acceptance, "PASSED_OVER", (3, 0.0))
+    listeners = [stage.listen(tcp())]
+    assert stage.newcomer("tcp", listeners, "wait_in_epoll").run()
+    trial = stage.newcomer("tcp" if strict else "auto", listeners, "wait_and_leave_all_to_others")
+    if strict:
+        told = "probes were all taken by others"
+        eventually(lambda: trial.run(0.05) or told in trial.check.why_not(), told)
+        assert trial.proof == ""
+    else:
+        assert f"pid {trial.pid} waits on tcp://" in trial.run() and "; others took all " in trial.proof
+
+
+@pytest.mark.parametrize("how", ["tcp", "http:/"])
+def test_where_there_is_no_listener_to_probe_a_probe_fails_at_once(stage: Trials, how: str) -> None:
+    trial = stage.newcomer(how, [stage.listen(udp())], "hang")
+    trial.run()
+    assert trial.failure == f"--ready {trial.check._way.kind} needs a listener to probe, and it was given none"
+
+
+def test_before_linux_4_13_the_number_of_a_descriptor_tells_which_socket_an_epoll_set_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = [proc.Target(5, 0x4, 111), proc.Target(6, 0x1, None), proc.Target(7, 0x1, None), proc.Target(8, 0x19, 333)]
+    monkeypatch.setattr(proc, "targets", lambda pid, epoll: held)
+    assert waiting._targets(1, 3, {5: 111, 6: 222}) == ({222, 333}, {6, 7, 8})
+
+
+def test_where_calls_are_hidden_an_epoll_set_that_holds_the_listener_counts_as_waiting(
+    stage: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hidden(pid: int, thread: int) -> None:
+        raise proc.Hidden("this kernel does not tell system calls")
+
+    monkeypatch.setattr(proc, "waiting_call", hidden)
+    listening = stage.listen(tcp())
+    with select.epoll() as epoll:
+        inode = os.fstat(listening.sock.fileno()).st_ino
+        seen = waiting.look([os.getpid()], [inode])
+        assert seen.waiting == {} and seen.hidden == "this kernel does not tell system calls"
+        epoll.register(listening.sock, select.EPOLLIN)
+        seen = waiting.look([os.getpid()], [inode])
+        assert seen.waiting == {inode: waiting.Waiter(os.getpid(), "its epoll set holds it")}
+
+
 def test_ready_is_believed_of_the_command_and_of_its_children(stage: Trials) -> None:
     assert stage.newcomer("notify", [], "say_ready_in_a_child").run().startswith("READY=1 from pid ")
     alone = stage.newcomer("notify", [], "say_ready_and_hang")
@@ -188,12 +240,64 @@ def _say_ready_to(address: str) -> None:
         sock.sendto(b"READY=1\nSTATUS=a lie", "\0" + address[1:])
 
 
+@pytest.mark.parametrize("how", ["notify", "auto"])
+def test_a_command_that_says_ready_more_than_once_is_ready_once(stage: Trials, how: str) -> None:
+    listening = stage.listen(tcp())
+    trial = stage.newcomer(how, [listening], "say_ready_to_each_client")
+    with socket.create_connection(listening.sock.getsockname()):
+        assert trial.run()
+        seen = trial.check.status
+        with socket.create_connection(listening.sock.getsockname()):
+            eventually(lambda: stage.events.run_once(0.05) or trial.check.status != seen, "it has said it once more")
+
+
+def test_a_command_that_has_ended_is_not_ready_although_it_said_so_before(stage: Trials) -> None:
+    trial = stage.newcomer("notify", [], "say_ready_and_die")
+    eventually(trial.has_ended, "it has ended")
+    assert trial.check.why_not(trial.exited) == ""
+    assert trial.proof == "" and not trial.check.ready
+
+
+def test_a_notify_socket_that_cannot_be_bound_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda size: "the same")
+    events = Events()
+    first = Notices(events, print)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="in use"):
+        Notices(events, print)
+    assert os.listdir("/proc/self/fd") == before
+    for each in (first, events):
+        each.close()
+
+
+def test_a_flood_of_notices_keeps_the_loop_from_nothing_else(stage: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notices, "_IN_ONE_TURN", 2)
+    told = Notices(stage.events, print)
+    told.started(proc.Tree(os.getpid()))
+    seen = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        for number in range(3):
+            sock.sendto(f"STATUS={number}".encode(), "\0" + told.address[1:])
+        for _ in range(2):
+            stage.events.run_once(0)
+            seen.append(told.status)
+    told.close()
+    assert seen == ["1", "2"]
+
+
 def test_ready_is_not_believed_of_a_stranger(stage: Trials) -> None:
     trial = stage.newcomer("notify", [], "hang")
     _say_ready_to(trial.check.environment["NOTIFY_SOCKET"])
     assert trial.run(0.5) == ""
     assert f"READY=1 came from pid {os.getpid()}, which is none of its processes" in trial.check.why_not()
     assert trial.check.status == ""
+
+
+def test_a_status_of_a_stranger_is_nothing_to_tell(stage: Trials) -> None:
+    trial = stage.newcomer("notify", [], "hang")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"STATUS=a lie", "\0" + trial.check.environment["NOTIFY_SOCKET"][1:])
+    assert trial.check.why_not() == "it has not sent READY=1 to NOTIFY_SOCKET"
 
 
 def test_ready_is_not_believed_of_the_old_command(stage: Trials) -> None:

@@ -66,6 +66,29 @@ def wait_in_nested_epoll() -> None:
         take(LISTENERS[0])
 
 
+def wait_in_poll_for_an_epoll_set() -> None:
+    epoll, poll = select.epoll(), select.poll()
+    epoll.register(LISTENERS[0], select.EPOLLIN)
+    poll.register(epoll.fileno(), select.POLLIN)
+    while True:
+        poll.poll()
+        take(LISTENERS[0])
+
+
+def wait_and_leave_all_to_others() -> None:
+    epoll = select.epoll()
+    epoll.register(LISTENERS[0], select.EPOLLIN | select.EPOLLET)
+    while True:
+        epoll.poll()
+
+
+def say_ready_to_each_client() -> None:
+    while True:
+        select.select(LISTENERS, [], [])
+        take(LISTENERS[0])
+        notify(f"READY=1\nSTATUS={len(KEPT)} clients")
+
+
 def wait_in_poll() -> None:
     poll = select.poll()
     for listener in LISTENERS:

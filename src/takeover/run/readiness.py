@@ -157,7 +157,7 @@ class Check:
                 told.append(f"READY=1 came from pid {self._announced}; --ready notify would go by that alone")
             elif self._notices.refused:
                 told.append(self._notices.refused)
-            elif self._way.kind == "notify":
+            elif self._way.kind == "notify" and not self._announced:
                 told.append("it has not sent READY=1 to NOTIFY_SOCKET")
             if self.status:
                 told.append(f"its last STATUS: {self.status}")
