@@ -6,11 +6,12 @@ import contextlib
 import os
 import pathlib
 import signal
+import socket
 
 import pytest
 
-from clients import eventually
-from processes import Room, descriptors_at_rest, state_of
+from clients import LIMIT, eventually
+from processes import Room, descriptors_at_rest, free_address, state_of
 from supervised import deploy, do, is_gone, processes_of, supervise, wait_for_version, wait_until_gone, who
 
 
@@ -205,6 +206,29 @@ def test_term_before_the_command_is_ready_ends_with_status_1_and_the_old_one_ser
     assert room.owner() == first.pid and who(room)["version"] == 1
 
 
+def test_term_while_nothing_comes_from_an_incumbent_ends_with_status_1_at_once(room: Room) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(room.control)
+        silent.listen()
+        silent.settimeout(LIMIT)
+        second = supervise(room)
+        with silent.accept()[0]:
+            second.signal(signal.SIGTERM)
+            assert second.wait() == 1
+    assert "SIGTERM before the service was ready" in second.lines[-1]
+
+
+def test_a_port_that_the_new_version_does_not_use_refuses_once_the_old_one_has_drained_it(room: Room) -> None:
+    host, port = free_address()
+    first = deploy(room, {"version": 1}, listen=[room.url, f"more=tcp://{host}:{port}"])
+    socket.create_connection((host, port), LIMIT).close()
+    deploy(room, {"version": 2})
+    assert first.wait() == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, port), LIMIT)
+    assert who(room)["version"] == 2
+
+
 def test_a_listener_that_the_new_version_does_not_use_is_drained_by_the_old_one(room: Room) -> None:
     second_address = os.path.join(room.folder, "second")
     deploy(room, {"version": 1}, listen=[room.url, f"unix:{second_address}"])
@@ -247,6 +271,17 @@ def test_a_hup_while_the_command_is_being_started_replaces_it_afterwards(room: R
     supervisor.wait_for("once more when that is over")
     pathlib.Path(gate).touch()
     supervisor.wait_for("the new command serves")
+
+
+def test_a_hup_that_comes_when_the_command_is_being_stopped_is_too_late(room: Room) -> None:
+    supervisor = deploy(room, {"ignores": True})
+    supervisor.signal(signal.SIGTERM)
+    supervisor.wait_for("stopping the command")
+    supervisor.signal(signal.SIGHUP)
+    supervisor.wait_for("SIGHUP: too late")
+    supervisor.signal(signal.SIGTERM)
+    assert supervisor.wait() == 0
+    assert supervisor.text.count("started pid") == 1
 
 
 def test_a_stop_during_a_hup_stops_both_commands(room: Room) -> None:

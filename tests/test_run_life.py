@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -10,14 +11,18 @@ import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from clients import LIMIT, eventually
+from newcomers import NEWCOMER
 from processes import Program, Room, private_memory, state_of
 from supervised import SERVED, deploy, do, is_gone, processes_of, supervise, wait_until_gone, who
 
@@ -90,6 +95,26 @@ def test_one_of_several_workers_that_dies_is_replaced_while_the_others_serve(roo
     client.stop()
     assert client.refused == 0
     assert len(before & {process["pid"] for process in processes_of(room)}) == 2
+
+
+ONE_AFTER_THE_OTHER = """
+if mkdir first 2>/dev/null; then
+    echo ready; while ! test -e die; do sleep 0.02; done; exit 3
+fi
+while ! test -e gate; do sleep 0.02; done
+echo ready; exec sleep 100
+"""
+
+
+def test_a_worker_that_dies_before_the_others_are_ready_is_replaced_and_the_service_starts(room: Room) -> None:
+    supervisor = supervise(room, command=["sh", "-c", ONE_AFTER_THE_OTHER], ready="line:ready", workers=2)
+    supervisor.wait_for("is ready after")
+    pathlib.Path(room.folder, "die").touch()
+    supervisor.wait_for("ended with exit status 3")
+    supervisor.wait_for("starting it again")
+    pathlib.Path(room.folder, "gate").touch()
+    room.wait_for_owner(supervisor)
+    assert sorted(process["restarts"] for process in processes_of(room)) == [0, 1]
 
 
 def test_other_signals_are_passed_on(room: Room) -> None:
@@ -283,7 +308,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 @contextlib.contextmanager
-def terminal(room: Room) -> Iterator[tuple[Program, int]]:
+def terminal(room: Room, **options: Any) -> Iterator[tuple[Program, int]]:
     """A supervisor on a terminal of its own: the program, and the terminal's other end."""
     ours, theirs = pty.openpty()
     try:
@@ -291,6 +316,7 @@ def terminal(room: Room) -> Iterator[tuple[Program, int]]:
             room,
             started=[sys.executable, "-c", ON_A_TERMINAL],
             process={"stdin": theirs, "stdout": theirs, "stderr": theirs},
+            **options,
         )
         os.close(theirs)
         yield program, ours
@@ -316,3 +342,13 @@ def test_the_command_has_the_terminal_and_ctrl_c_stops_it_once_through_the_super
         assert program.wait() == 0
         assert b"SIGINT: stopping the command" in seen
         assert b"got SIGINT" not in seen
+
+
+def test_a_command_whose_output_is_read_learns_the_new_size_of_the_terminal(room: Room) -> None:
+    command = [sys.executable, NEWCOMER, "describe_terminal"]
+    with terminal(room, command=command, ready="line:terminal") as (program, ours):
+        room.wait_for_owner(program)
+        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 90, 0, 0))
+        read_until(ours, b"terminal True True (90, 40)")
+        os.write(ours, b"\x03")
+        assert program.wait() == 0
