@@ -254,8 +254,8 @@ def test_a_command_that_says_ready_more_than_once_is_ready_once(stage: Trials, h
 def test_a_command_that_has_ended_is_not_ready_although_it_said_so_before(stage: Trials) -> None:
     trial = stage.newcomer("notify", [], "say_ready_and_die")
     eventually(trial.has_ended, "it has ended")
-    assert trial.check.why_not(trial.exited) == ""
-    assert trial.proof == "" and not trial.check.ready
+    told = trial.check.why_not(trial.exited)
+    assert (trial.proof, told) == ("", "") and not trial.check.ready
 
 
 def test_a_notify_socket_that_cannot_be_bound_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
