@@ -200,7 +200,8 @@ def test_the_pause_before_a_restart_grows_unless_the_process_has_served_for_a_wh
     assert said == pauses
 
 
-def test_a_signal_between_two_processes_is_for_nobody(stage: Stage) -> None:
+def test_a_signal_between_two_processes_is_for_nobody(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crews, "FIRST_PAUSE", 1000.0)
     crew = stage.start()
     stage.checks[0].succeed("up")
     os.kill(stage.checks[0].pid, signal.SIGKILL)
