@@ -83,7 +83,8 @@ def main() -> int:
         environment = {
             **{key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"},
             "COVERAGE_RCFILE": str(configuration),
-            "PYTHONPATH": str(folder / "src"),
+            # the compiled modules tell a tracer paths from the folder on, which processes in other folders look up here
+            "PYTHONPATH": os.pathsep.join((str(folder / "src"), str(folder))),
             "TAKEOVER_TEST_EXT": "require",
             "TAKEOVER_TEST_GENTLE": "1",
             "TAKEOVER_TEST_STEP": os.environ.get("TAKEOVER_TEST_STEP", "20"),
