@@ -98,7 +98,10 @@ class Scene:
         self.listeners = (listener, listener.dup())
         self.handlers = (handler, handler)
         for which, (module, loop) in enumerate(zip((giving, taking), self.loops, strict=True)):
-            made = module.ECHO if handler == "echo" else lambda which=which: self._make(which)
+            if isinstance(handler, module.Handler):
+                made = handler
+            else:
+                made = module.ECHO if handler == "echo" else lambda which=which: self._make(which)
             loop.listen(self.listeners[which], made, accepting=which == 0)
         self.clients: list[socket.socket] = []
         self.ends: list[Giver | Taker] = []

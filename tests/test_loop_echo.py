@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import random
 import select
-import shutil
 import socket
 import struct
-import subprocess
-import sys
-import sysconfig
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from conftest import CYTHON_IS_BUILT
+from compiled import compiled
 from loop_cases import LIMIT, OurCase, read_to_the_end
 
 
@@ -164,32 +159,7 @@ LETTERS = make()
 
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    if not CYTHON_IS_BUILT:
-        pytest.skip("the compiled modules are not built")
-    pytest.importorskip("Cython")
-    compiler = sysconfig.get_config_var("CC").split()[0]
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no compiler: {compiler} is not found")
-    folder = tmp_path_factory.mktemp("letters")
-    (folder / "letters.pyx").write_text(SOURCE)
-    package = Path(importlib.util.find_spec("takeover").submodule_search_locations[0])  # type: ignore[union-attr, index]
-    interface = package.parent if (package / "_loop.pxd").exists() else Path(__file__).parent.parent / "ext"
-    subprocess.run(
-        [sys.executable, "-m", "cython", "-3", "-I", str(interface), "letters.pyx"], cwd=folder, check=True, timeout=60
-    )
-    target = folder / f"letters{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", f"-I{sysconfig.get_path('include')}", "letters.c", "-o", str(target)],
-        cwd=folder,
-        check=True,
-        timeout=60,
-    )
-    spec = importlib.util.spec_from_file_location("letters", target)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return compiled("letters", SOURCE, tmp_path_factory.mktemp("letters"))
 
 
 def test_a_handler_that_somebody_else_compiled_is_served(letters: ModuleType) -> None:
