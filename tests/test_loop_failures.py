@@ -101,15 +101,24 @@ def test_a_plain_callback_that_raises_is_said_and_the_loop_goes_on(
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("where", ["call_soon", "data_received"])
+@pytest.mark.parametrize("where", ["call_soon", "factory", "data_received", "connection_lost"])
 def test_what_is_to_end_the_program_leaves_run_which_can_be_called_again(
     loop_module: ModuleType, end: type[BaseException], where: str
 ) -> None:
     loop = loop_module.Loop()
 
     class Ender(Recorder):
+        def __init__(self) -> None:
+            super().__init__()
+            if where == "factory":
+                raise end
+
         def data_received(self, _data: bytes) -> None:
             raise end
+
+        def connection_lost(self, _error: Exception | None) -> None:
+            if where == "connection_lost":
+                raise end
 
     def raise_it() -> None:
         raise end
@@ -119,10 +128,15 @@ def test_what_is_to_end_the_program_leaves_run_which_can_be_called_again(
         with socket.create_connection(listener.getsockname()) as client:
             if where == "call_soon":
                 loop.call_soon(raise_it)
-            else:
+            elif where == "connection_lost":
+                client.shutdown(socket.SHUT_WR)
+            elif where == "data_received":
                 client.sendall(b"x")
             with pytest.raises(end):
                 loop.run()
+            if where in ("factory", "connection_lost"):
+                assert client.recv(1) == b""
+                assert loop.connections == 0
             loop.call_soon(loop.stop)
             loop.run()
             loop.close()

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import functools
 import logging
 import os
 import resource
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from loop_cases import LIMIT, OurCase, Recorder, read_to_the_end
+from takeover import _loop_py
+from takeover._sockets import Backoff, name_of
 from takeover.errors import UsageError
 
 
@@ -151,6 +157,18 @@ def test_unix_listeners_serve_and_tell_their_path(case: OurCase, tmp_path: Path)
     assert case.call(recorder.transport.get_extra_info, "peername") == ""
     client.close()
     recorder.until("lost")
+
+
+def test_an_abstract_name_of_a_peer_is_bytes(case: OurCase, tmp_path: Path) -> None:
+    listener = case.bind(socket.AF_UNIX, address=str(tmp_path / "s"))
+    recorder = Recorder()
+    case.serve(listener, lambda: recorder)
+    client = socket.socket(socket.AF_UNIX)
+    case.sockets.append(client)
+    client.bind("")  # to a name that the kernel chooses
+    client.connect(listener.getsockname())
+    assert recorder.next() == ("made",)
+    assert case.call(recorder.transport.get_extra_info, "peername") == client.getsockname() != b""
 
 
 def test_ipv6_listeners_serve_and_tell_their_names(case: OurCase) -> None:
@@ -305,3 +323,181 @@ def test_when_empty_calls_once_and_can_be_taken_back(case: OurCase, handler: obj
     case.call(case.loop.when_empty, gone.set)
     assert gone.wait(LIMIT)
     assert calls == [1]
+
+
+def test_a_listener_that_is_stopped_while_it_accepts_leaves_the_rest_in_the_queue(case: OurCase) -> None:
+    class Last(Recorder):
+        def connection_made(self, transport: Any) -> None:
+            served[0].stop()
+            super().connection_made(transport)
+
+    recorders: list[Last] = []
+
+    def factory() -> Last:
+        recorders.append(Last())
+        return recorders[-1]
+
+    listener = case.bind()
+    clients = [case.connect(listener) for _ in range(3)]
+    served: list[Any] = []
+    case.call(lambda: served.append(case.loop.listen(listener, factory)))
+    for number in range(1, 4):
+        case.call(lambda: None)
+        case.call(lambda: None)
+        assert len(recorders) == number
+        assert not case.call(lambda: served[0].accepting)
+        if number < 3:
+            case.call(served[0].start)
+    for client in clients:
+        client.sendall(b"x")
+    assert [recorder.until("data")[1] for recorder in recorders] == [b"x"] * 3
+
+
+def test_of_two_listeners_that_stop_each_other_one_accepts(case: OurCase) -> None:
+    """Connections wait at both, so both are ready when the first is served."""
+    listeners = [case.bind(), case.bind()]
+    served: list[Any] = []
+
+    def recorder_of(which: int) -> Recorder:
+        served[1 - which].stop()
+        return Recorder()
+
+    for listener in listeners:
+        case.connect(listener)
+
+    def serve() -> None:
+        for which, listener in enumerate(listeners):
+            served.append(case.loop.listen(listener, functools.partial(recorder_of, which)))
+
+    case.call(serve)
+    case.call(lambda: None)
+    case.call(lambda: None)
+    assert sorted(case.call(lambda: [each.accepted for each in served])) == [0, 1]
+    assert sorted(case.call(lambda: [each.accepting for each in served])) == [False, True]
+
+
+def test_a_socket_can_be_listened_on_again_with_another_handler(case: OurCase) -> None:
+    listener = case.bind()
+    first, second = Recorder(), Recorder()
+    case.call(case.serve(listener, lambda: first).stop)
+    case.serve(listener, lambda: second)
+    case.connect(listener).sendall(b"x")
+    assert second.until("data") == ("data", b"x")
+    assert first.events.empty()
+
+
+def test_a_listener_whose_socket_was_closed_cannot_be_started(case: OurCase, handler: object) -> None:
+    listener = case.bind()
+    served = case.call(lambda: case.loop.listen(listener, handler, accepting=False))
+    listener.close()
+    with pytest.raises(OSError, match="it was closed") as raised:
+        case.call(served.start)
+    assert raised.value.errno == errno.EBADF
+    assert not case.call(lambda: served.accepting)
+
+
+def test_a_listener_of_a_closed_loop_cannot_be_started(loop_module: ModuleType) -> None:
+    loop = loop_module.Loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        served = loop.listen(listener, Recorder, accepting=False)
+        loop.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            served.start()
+
+
+def test_only_the_loop_makes_listeners(loop_module: ModuleType) -> None:
+    with pytest.raises(TypeError):
+        loop_module.Listener()
+
+
+@contextlib.contextmanager
+def replaced(sock: socket.socket) -> Iterator[None]:
+    """A file is in the place of the socket, which epoll_ctl does not take."""
+    with sock.dup() as kept, tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), sock.fileno(), inheritable=False)
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), sock.fileno(), inheritable=False)
+
+
+def test_a_listener_that_epoll_does_not_take_can_be_started_later(case: OurCase, handler: object) -> None:
+    listener = case.bind()
+    served = case.call(lambda: case.loop.listen(listener, handler, accepting=False))
+    with replaced(listener), pytest.raises(PermissionError):
+        case.call(served.start)
+    assert not case.call(lambda: served.accepting)
+    case.call(served.start)
+    assert echoes(case.connect(listener))
+
+
+def test_a_pause_of_a_listener_that_epoll_does_not_take_goes_on(
+    case: OurCase, handler: object, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accept(2) is out of descriptors; then epoll_ctl(2) fails; at last both work."""
+    caplog.set_level(logging.INFO, "takeover")
+    told = {errno.EMFILE: threading.Event(), errno.EPERM: threading.Event()}
+    refused = Backoff.refused
+
+    def watch(self: Backoff, error: int) -> None:
+        refused(self, error)
+        told[error].set()
+
+    monkeypatch.setattr(Backoff, "refused", watch)
+    listener = case.bind()
+    case.serve(listener, handler)
+    client = socket.socket()
+    case.sockets.append(client)
+    client.settimeout(LIMIT)
+    with contextlib.ExitStack() as stack:
+
+        def fall_short() -> None:
+            client.connect(listener.getsockname())
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+
+        case.call(fall_short)
+        assert told[errno.EMFILE].wait(LIMIT)
+        stack.close()
+        case.call(lambda: stack.enter_context(replaced(listener)))
+        assert told[errno.EPERM].wait(LIMIT)
+    assert echoes(client)
+    case.call(lambda: None)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "goes on after" in messages[1]
+
+
+def test_a_connection_that_is_gone_before_it_is_accepted_costs_the_next_one_nothing() -> None:
+    """The plain loop's accept, which can be had to fail so."""
+
+    class Aborting(socket.socket):
+        aborted = 0
+
+        def accept(self) -> Any:
+            if not self.aborted:
+                self.aborted = 1
+                raise ConnectionAbortedError(errno.ECONNABORTED, "gone")
+            return super().accept()
+
+    case = OurCase(_loop_py)
+    recorder = Recorder()
+    listener = Aborting()
+    case.sockets.append(listener)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    try:
+        case.serve(listener, lambda: recorder)
+        client = case.connect(listener)
+        client.sendall(b"x")
+        assert recorder.until("data") == ("data", b"x")
+        assert listener.aborted
+    finally:
+        case.close()
+
+
+def test_a_listener_that_was_closed_is_named_in_the_log_all_the_same() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert name_of(listener) == str(listener.getsockname())
+    assert "closed" in name_of(listener)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
+import importlib
 import itertools
 import os
+import resource
 import signal
 import socket
+import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
@@ -16,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from conftest import CYTHON_IS_BUILT
 from loop_cases import LIMIT, OurCase
 
 
@@ -206,6 +211,25 @@ def test_a_signal_that_comes_while_its_handler_is_being_set_is_handled_once(
     assert heard == ["heard"]
 
 
+def test_a_signal_that_was_on_its_way_when_its_handler_was_removed_calls_nobody(loop: Any) -> None:
+    """The interpreter may have begun to handle it then."""
+    called: list[str] = []
+    loop.add_signal_handler(signal.SIGUSR1, called.append, "called")
+    handle: Any = signal.getsignal(signal.SIGUSR1)
+    assert loop.remove_signal_handler(signal.SIGUSR1)
+    handle(signal.SIGUSR1, None)
+    loop.call_soon(loop.stop)
+    loop.run()
+    assert called == []
+
+
+def test_the_callback_of_a_signal_must_be_callable(loop: Any) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(TypeError, match="callable"):
+        loop.add_signal_handler(signal.SIGUSR1, "no function")
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
 def test_a_signal_that_cannot_be_handled_is_refused(loop: Any) -> None:
     with pytest.raises(OSError, match="Invalid argument"):
         loop.add_signal_handler(signal.SIGKILL, print)
@@ -261,3 +285,98 @@ def test_the_descriptors_of_a_loop_are_not_inherited(loop_module: ModuleType) ->
     loop.close()
     assert len(ours) >= 3
     assert inheritable == []
+
+
+def test_what_can_be_written_calls_back_until_the_writer_is_removed(loop: Any) -> None:
+    left, right = socket.socketpair()
+    heard: list[str] = []
+
+    def write() -> None:
+        heard.append("writer")
+        assert loop.remove_writer(left)
+        right.sendall(b"x")
+
+    def read() -> None:
+        heard.append("reader")
+        assert loop.remove_reader(left)
+        loop.stop()
+
+    with left, right:
+        loop.add_writer(left, write)
+        loop.add_reader(left, read)
+        loop.run()
+        assert not loop.remove_writer(left)
+        assert not loop.remove_reader(left)
+    assert heard == ["writer", "reader"]
+
+
+def test_a_reader_that_ends_the_watch_keeps_the_writer_from_its_turn(loop: Any) -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        right.sendall(b"x")
+        loop.add_writer(left, pytest.fail, "the writer was called")
+        loop.add_reader(left, lambda: (loop.remove_writer(left), loop.remove_reader(left), loop.stop()))
+        loop.run()
+
+
+def test_what_epoll_does_not_take_is_not_watched(loop: Any) -> None:
+    """A file is always ready, says epoll_ctl(2); a socket under the same number can be watched."""
+    left, right = socket.socketpair()
+    with left, right, tempfile.TemporaryFile(buffering=0) as file:
+        with pytest.raises(PermissionError):
+            loop.add_reader(file, print)
+        assert not loop.remove_reader(file)
+        os.dup2(left.fileno(), file.fileno(), inheritable=False)
+        loop.add_reader(file, loop.stop)
+        right.sendall(b"x")
+        loop.run()
+        assert loop.remove_reader(file)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_a_loop_that_there_are_no_descriptors_for_is_an_error_and_leaves_nothing_open(
+    loop_module: ModuleType, room: int
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        lowest = stack.enter_context(open("/dev/null", "rb"))
+        while (last := stack.enter_context(open("/dev/null", "rb"))).fileno() < lowest.fileno() + 100:
+            pass
+        before = sorted(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno() + 1 + room, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                loop_module.Loop()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        gc.collect()
+        assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("handler", ["echo", "protocol"])
+def test_the_connections_of_a_loop_that_is_dropped_unclosed_end(loop_module: ModuleType, handler: str) -> None:
+    gc.collect()
+    before = sorted(os.listdir("/proc/self/fd"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        loop = loop_module.Loop()
+        loop.listen(listener, loop_module.ECHO if handler == "echo" else asyncio.Protocol)
+        with socket.create_connection(listener.getsockname()) as client:
+            client.settimeout(LIMIT)
+            while not loop.connections:
+                loop.call_soon(loop.stop)
+                loop.run()
+            del loop
+            gc.collect()
+            assert client.recv(1) == b""
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.skipif(not CYTHON_IS_BUILT, reason="the compiled modules are not built")
+def test_a_compiled_loop_is_made_once() -> None:
+    """Its connections point into what was made of it first."""
+    loop = importlib.import_module("takeover._loop").Loop()
+    with pytest.raises(RuntimeError, match="once"):
+        loop.__init__()
+    loop.close()

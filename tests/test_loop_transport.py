@@ -234,7 +234,38 @@ def test_write_takes_every_bytes_like_object_and_nothing_else(case: Case) -> Non
     assert read_to_the_end(client) == b"abc" + struct.pack("i", 1) + b"def"
 
 
-@pytest.mark.parametrize("case", ["cython", "python"], indirect=True)
+OURS = pytest.mark.parametrize("case", ["cython", "python"], indirect=True)
+
+
+@OURS
+def test_a_memoryview_with_gaps_is_written_without_them(case: Case) -> None:
+    """asyncio takes none."""
+    recorder = Recorder()
+    client = case.pair(recorder)
+    case.call(recorder.transport.write, memoryview(b"a-b-c")[::2])
+    case.call(recorder.transport.close)
+    assert read_to_the_end(client) == b"abc"
+
+
+def test_what_the_kernel_has_no_room_for_at_all_is_sent_later(case: Case) -> None:
+    recorder = Recorder()
+    client = case.pair(recorder)
+
+    def write() -> int:
+        sent = 0
+        with recorder.transport.get_extra_info("socket").dup() as sock, contextlib.suppress(BlockingIOError):
+            while True:
+                sent += sock.send(b"x" * 65536)
+        recorder.transport.write(b"late")
+        assert recorder.transport.get_write_buffer_size() == 4
+        recorder.transport.close()
+        return sent
+
+    sent = case.call(write)
+    assert read_to_the_end(client) == b"x" * sent + b"late"
+
+
+@OURS
 def test_what_was_written_can_be_changed_afterwards(case: Case) -> None:
     """Not so on asyncio, whose 3.12 keeps a view of what it could not send at once."""
     recorder = Recorder()
@@ -265,6 +296,76 @@ def test_reading_pauses_and_resumes(case: Case) -> None:
     case.call(recorder.transport.resume_reading)
     assert recorder.next() == ("data", b"patience")
     assert case.call(recorder.transport.is_reading)
+
+
+def test_bytes_that_somebody_else_has_read_meanwhile_are_no_end(case: Case) -> None:
+    """Two connections can be read at once, and whoever is told first reads what is there for the other."""
+    recorders = [Thief(), Thief()]
+    clients = [case.pair(recorder) for recorder in recorders]
+    recorders[0].other, recorders[1].other = recorders[1], recorders[0]
+
+    def send() -> None:
+        for client in clients:
+            client.sendall(b"one")
+
+    case.call(send)
+    case.call(lambda: None)
+    case.call(lambda: None)
+    (received,) = [recorder for recorder in recorders if recorder.received]
+    assert (received.received, received.stolen) == (b"one", b"one")
+    robbed = received.other
+    clients[recorders.index(robbed)].sendall(b"two")
+    assert robbed.next() == ("data", b"two")
+
+
+class Thief(Recorder):
+    other: Thief | None = None
+    stolen = b""
+
+    def data_received(self, data: bytes) -> None:
+        if self.other is not None and not self.other.received:
+            self.other.other = None
+            with self.other.transport.get_extra_info("socket").dup() as sock:
+                self.stolen = sock.recv(10)
+        super().data_received(data)
+
+
+def test_pausing_resuming_and_setting_marks_after_close_are_ignored(case: Case) -> None:
+    recorder = Recorder()
+    client = case.pair(recorder)
+    written = fill(case, recorder)
+    assert recorder.next() == ("pause",)
+
+    def close() -> None:
+        recorder.transport.close()
+        recorder.transport.pause_reading()
+        recorder.transport.resume_reading()
+        recorder.transport.set_write_buffer_limits(high=1)
+        assert not recorder.transport.is_reading()
+
+    case.call(close)
+    assert len(read_to_the_end(client)) == written
+    assert recorder.until("lost") == ("lost", None)
+
+
+@OURS
+def test_a_descriptor_that_was_replaced_costs_its_connection_only(case: Case, tmp_path: os.PathLike[str]) -> None:
+    """By a file, which epoll_ctl does not take. Nothing can be told of a socket that is gone."""
+    recorder, other = Recorder(), Recorder()
+    client, healthy = case.pair(recorder), case.pair(other)
+
+    def replace() -> None:
+        recorder.transport.pause_reading()
+        with open(os.path.join(tmp_path, "file"), "wb") as file:
+            os.dup2(file.fileno(), recorder.transport.get_extra_info("socket").fileno(), inheritable=False)
+        assert recorder.transport.get_extra_info("sockname", "unknown") == "unknown"
+        recorder.transport.resume_reading()
+
+    case.call(replace)
+    assert type(recorder.until("lost")[1]) is PermissionError
+    assert client.recv(1) == b""
+    healthy.sendall(b"on")
+    assert other.next() == ("data", b"on")
 
 
 def test_a_reset_is_told_to_connection_lost(case: Case) -> None:
@@ -333,6 +434,39 @@ def test_the_socket_of_a_transport_cannot_close_it(case: Case) -> None:
     assert sock.fileno() == -1
     with pytest.raises(OSError, match=r"descriptor|closed"):
         sock.getpeername()
+
+
+def test_options_and_names_of_the_socket_of_a_transport(case: Case) -> None:
+    recorder = Recorder()
+    client = case.pair(recorder)
+    sock = case.call(recorder.transport.get_extra_info, "socket")
+    for value in (1, 0):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, value)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == value
+    assert sock.getsockname() == client.getpeername()
+    assert f"fd={sock.fileno()}" in repr(sock)
+
+
+@OURS
+def test_a_transport_says_its_descriptor_and_how_far_it_is(case: Case) -> None:
+    recorder = Recorder()
+    client = case.pair(recorder)
+    number = case.call(recorder.transport.get_extra_info, "socket").fileno()
+    assert case.call(repr, recorder.transport) == f"<Transport fd={number} open>"
+    fill(case, recorder)
+    case.call(recorder.transport.close)
+    assert case.call(repr, recorder.transport) == f"<Transport fd={number} closing>"
+    read_to_the_end(client)
+    recorder.until("lost")
+    assert case.call(repr, recorder.transport) == "<Transport fd=-1 closed>"
+
+
+@OURS
+def test_only_the_loop_makes_transports(case: Case) -> None:
+    recorder = Recorder()
+    case.pair(recorder)
+    with pytest.raises(TypeError):
+        type(recorder.transport)()
 
 
 def test_another_protocol_can_take_the_place(case: Case) -> None:

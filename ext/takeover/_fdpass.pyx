@@ -66,10 +66,7 @@ cdef ssize_t receive_batch(int sock, void *data, size_t size, int *descriptors, 
     cdef msghdr message
     cdef cmsghdr *block
     cdef ssize_t received
-    cdef size_t left
-    cdef unsigned char *at
-    cdef int descriptor
-    cdef bint lost
+    cdef int came
     count[0] = 0
     memset(&message, 0, sizeof(message))
     message.msg_iov = &part
@@ -80,24 +77,14 @@ cdef ssize_t receive_batch(int sock, void *data, size_t size, int *descriptors, 
     received = recvmsg(sock, &message, MSG_CMSG_CLOEXEC)
     if received < 0:
         return -errno
-    lost = message.msg_flags & MSG_CTRUNC
     block = CMSG_FIRSTHDR(&message)
     while block is not NULL:
         if block.cmsg_level == SOL_SOCKET and block.cmsg_type == SCM_RIGHTS:
-            at = CMSG_DATA(block)
-            left = (block.cmsg_len - CMSG_LEN(0)) // sizeof(int)
-            while left:
-                memcpy(&descriptor, at, sizeof(int))
-                at += sizeof(int)
-                left -= 1
-                if count[0] < room:
-                    descriptors[count[0]] = descriptor
-                    count[0] += 1
-                else:
-                    close(descriptor)
-                    lost = True
+            came = <int>((block.cmsg_len - CMSG_LEN(0)) // sizeof(int))
+            memcpy(descriptors + count[0], CMSG_DATA(block), came * sizeof(int))
+            count[0] += came
         block = CMSG_NXTHDR(&message, block)
-    if lost:
+    if message.msg_flags & MSG_CTRUNC:
         close_all(descriptors, count[0])
         count[0] = 0
         return -EMSGSIZE

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """A listening socket in a loop: accepts in batches, and pauses when descriptors or memory run out."""
 
-from libc.errno cimport EBADF, errno
+from libc.errno cimport EBADF
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport realloc
 from posix.unistd cimport close
@@ -106,8 +106,9 @@ cdef class Listener:
         self.acceptor.pausing = False
 
     def _resume(self):
-        if self.acceptor.place != NULL and watch(self.core, self.acceptor.place, EPOLLIN):
-            self.backoff.refused(errno)
+        cdef int error = watch(self.core, self.acceptor.place, EPOLLIN) if self.acceptor.place != NULL else 0
+        if error:
+            self.backoff.refused(error)
 
     cdef int accept(self) except -1:
         """Accept a batch for the protocol factory."""

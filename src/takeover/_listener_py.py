@@ -49,12 +49,13 @@ class Listener:
         if self._place >= 0:
             return
         self._loop.check_open()
-        if self.socket.fileno() < 0:
+        fd = self.socket.fileno()
+        if fd < 0:
             raise OSError(errno.EBADF, f"cannot accept on {self.socket!r}: it was closed")
-        self._loop.take_place(self.socket.fileno())
-        self._place = self.socket.fileno()
-        self._watch(EVENT_READ)
-        self._loop.listeners[self._place] = self
+        self._loop.take_place(fd)
+        self._loop.watch(fd, 0, EVENT_READ, self)
+        self._place, self._watched = fd, EVENT_READ
+        self._loop.listeners[fd] = self
 
     def stop(self) -> None:
         """Take the listener out of the poll set; new connections wait in the kernel's queue."""
@@ -110,8 +111,10 @@ class Listener:
             self.stop()
 
     def _resume(self) -> None:
-        if self._place >= 0:
+        try:
             self._watch(EVENT_READ)
+        except OSError as error:
+            self._backoff.refused(error.errno or 0)
 
     def _watch(self, wanted: int) -> None:
         self._loop.watch(self._place, self._watched, wanted, self)
