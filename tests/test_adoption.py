@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import gc
 import os
+import pathlib
+import resource
 import socket
 import sys
 from array import array
@@ -19,10 +22,11 @@ import pytest
 from channel_cases import Scene, Tally
 from takeover import _loop_py
 from takeover import taker as taker_module
+from takeover._transport_py import Transport
 from takeover.aio_entrance import Home
 from takeover.aio_moving import Mover
 from takeover.errors import RemoteProtocolError
-from takeover.records import HAS_STATE, Record, pack_peer
+from takeover.records import FULL, HAS_STATE, Record, pack_peer
 
 COUNT = 5
 THIRD = 2
@@ -215,19 +219,92 @@ def test_fcntl_that_fails_refuses_that_one_connection(
     serve(plain, offer, refused)
 
 
-def test_epoll_ctl_that_fails_costs_that_one_connection_and_its_handler_is_told(
-    scene: Scene, offers: Callable[..., Offer], tmp_path: os.PathLike[str]
-) -> None:
-    """A file in the place of the socket: epoll_ctl says EPERM."""
-    offer = offers(scene.inode, [b""] * COUNT)
+@pytest.fixture(params=[Troubled, "echo"], ids=["protocol", "native"])
+def either(request: pytest.FixtureRequest, loop_module: ModuleType) -> Iterator[Scene]:
+    """A scene with protocols, and one with the built-in echo."""
+    scene = Scene(loop_module, loop_module, request.param)
+    yield scene
+    scene.close()
+
+
+def offer_of(scene: Scene, offers: Callable[..., Offer]) -> Offer:
+    """What the handler of the scene can read, adopted."""
+    flags = 0 if scene.handlers[0] == "echo" else HAS_STATE
+    offer = offers(scene.inode, [b""] * COUNT, flags=flags)
     assert take(scene, offer) == []
-    with open(os.path.join(tmp_path, "file"), "wb") as file:
-        os.dup2(file.fileno(), offer.descriptors[THIRD])
-    scene.loops[1].start_connections(offer.descriptors, (), {})
+    return offer
+
+
+def only_the_third_is_lost(scene: Scene, offer: Offer) -> None:
     scene.until(lambda: scene.counts()[1] == COUNT - 1)
-    assert [protocol.lost for protocol in scene.protocols[1]] == [index == THIRD for index in range(COUNT)]
+    if scene.handlers[0] != "echo":
+        assert [protocol.lost for protocol in scene.protocols[1]] == [index == THIRD for index in range(COUNT)]
     assert offer.clients[THIRD].recv(1) == b""
     scene.answers([client for index, client in enumerate(offer.clients) if index != THIRD])
+
+
+def test_epoll_ctl_that_fails_costs_that_one_connection_and_its_handler_is_told(
+    either: Scene, offers: Callable[..., Offer], tmp_path: os.PathLike[str]
+) -> None:
+    """A file in the place of the socket: epoll_ctl says EPERM."""
+    offer = offer_of(either, offers)
+    with open(os.path.join(tmp_path, "file"), "wb") as file:
+        os.dup2(file.fileno(), offer.descriptors[THIRD])
+    either.loops[1].start_connections(offer.descriptors, (), {})
+    only_the_third_is_lost(either, offer)
+
+
+def test_one_whose_late_bytes_there_is_no_memory_for_is_ended_and_the_others_are_served(
+    either: Scene, offers: Callable[..., Offer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RLIMIT_AS, where the bytes are copied; the plain loop does not copy them."""
+    offer = offer_of(either, offers)
+    tails = {THIRD: bytes(256 << 20)}
+    append = Transport.append
+
+    def fail(self: Transport, data: bytes) -> None:
+        if data:
+            raise MemoryError
+        append(self, data)
+
+    monkeypatch.setattr(Transport, "append", fail)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), limits[1]))
+    try:
+        either.loops[1].start_connections(offer.descriptors, (), tails)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    only_the_third_is_lost(either, offer)
+
+
+def test_one_that_raises_when_it_is_told_to_pause_again_is_ended_and_the_others_are_served(
+    scene: Scene, offers: Callable[..., Offer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Troubled) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(Troubled, "pause_writing", fail)
+    offer = offers(scene.inode, [b""] * COUNT)
+    offer.records[THIRD] = offer.records[THIRD]._replace(flags=HAS_STATE | FULL)
+    assert take(scene, offer) == []
+    scene.loops[1].start_connections(offer.descriptors, (), {})
+    only_the_third_is_lost(scene, offer)
+
+
+def test_what_was_adopted_under_high_numbers_moves_on(either: Scene, offers: Callable[..., Offer]) -> None:
+    flags = 0 if either.handlers[0] == "echo" else HAS_STATE
+    offer = offers(either.inode, [b""] * COUNT, flags=flags, peer=pack_peer(socket.AF_UNIX, ""))
+    for index in range(1, COUNT):
+        low = offer.descriptors[index]
+        offer.descriptors[index] = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 800)
+        os.close(low)
+    assert take(either, offer) == []
+    either.loops[1].start_connections(offer.descriptors, (), {})
+    _, descriptors, cursor = either.loops[1].export_connections(0, 251, 1 << 20, {})
+    assert (list(descriptors), cursor) == (sorted(offer.descriptors), -1)
+    either.loops[1].put_back_connections(descriptors, False)
+    either.answers(offer.clients)
 
 
 def test_one_that_ends_the_program_at_its_start_keeps_the_others_from_nothing(

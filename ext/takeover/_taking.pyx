@@ -280,12 +280,12 @@ cdef int start_batch(Core *core, array.array descriptors, object skip, dict tail
 
 cdef int start(Core *core, Connection *connection, bytes tail) except -1:
     if tail is not None and queue(core, connection, tail, len(tail)):
-        log.error("no memory for %d bytes that a connection has brought; it is aborted", len(tail))
         connection.flags &= <uint8_t>~HELD
         if connection.kind == NATIVE:
             doom(core, connection, ENOMEM)
         else:
             (<Transport>connection.state).lose(MemoryError())
+        log.error("no memory for %d bytes that a connection has brought; it is aborted", len(tail))
     elif connection.kind == NATIVE:
         resume_native(core, connection)
     else:
