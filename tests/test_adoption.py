@@ -259,7 +259,7 @@ def test_one_whose_late_bytes_there_is_no_memory_for_is_ended_and_the_others_are
 ) -> None:
     """RLIMIT_AS, where the bytes are copied; the plain loop does not copy them."""
     offer = offer_of(either, offers)
-    tails = {THIRD: bytes(256 << 20)}
+    tails = {THIRD: bytes(1 << 30)}
     append = Transport.append
 
     def fail(self: Transport, data: bytes) -> None:

@@ -175,6 +175,18 @@ def test_what_waits_to_be_read_of_a_connection_that_another_one_aborts_is_not_re
     assert obeying.calls() == {"obeyed": 2, "closed": 1}
 
 
+@pytest.mark.parametrize("letters", [b"xw", b"xb", b"xp"])
+def test_a_descriptor_that_was_replaced_costs_its_connection_only(
+    scene: Scene, obeying: ModuleType, clients: list[socket.socket], letters: bytes
+) -> None:
+    order(scene, obeying, clients[0], letters)
+    assert scene.read(clients[0], 1) == b""
+    assert obeying.calls() == {"obeyed": 2, "closed": 1}
+    assert obeying.error() in (errno.ENOTSOCK, errno.EPERM, errno.ENOENT)
+    order(scene, obeying, clients[1], b"w")
+    assert scene.read(clients[1], 1) == b"w"
+
+
 @pytest.mark.parametrize("size", [0, 256, 257, 100_000])
 def test_a_state_of_any_size_moves_whole(
     scene: Scene, obeying: ModuleType, clients: list[socket.socket], size: int

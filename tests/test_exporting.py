@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import resource
 import socket
 from array import array
 from collections.abc import Callable, Iterator
@@ -158,3 +160,27 @@ def test_of_a_batch_one_may_stay_and_the_others_move(loop_module: ModuleType, ha
     assert scene.counts() == (1, COUNT - 1)
     scene.answers()
     scene.close()
+
+
+def test_what_was_written_on_the_way_and_there_is_no_memory_to_pass_on_is_sent_from_here(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RLIMIT_AS, which says little of what the plain loop can still allocate: there it is told so."""
+
+    def fail(self: Transport, start: int = 0) -> bytes:
+        raise MemoryError
+
+    _, descriptors, _ = export(scene)
+    scene.protocols[0][SECOND].transport.write(b"late" + bytes(256 << 20))
+    monkeypatch.setattr(Transport, "backlog", fail)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), limits[1]))
+    try:
+        kept, tails = scene.loops[0].relinquish_connections(descriptors, ())
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert (kept, tails) == ([SECOND], {})
+    assert scene.counts() == (1, 0)
+    scene.loops[0].put_back_connections(array("i", [descriptors[SECOND]]), True)
+    assert scene.read(scene.clients[SECOND], 4) == b"late"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import importlib
 import os
 import resource
 import signal
@@ -19,6 +20,7 @@ from types import FrameType, ModuleType
 
 import pytest
 
+from conftest import CYTHON_IS_BUILT
 from takeover.errors import DescriptorsLost
 
 MOST = 252
@@ -490,6 +492,35 @@ def test_no_memory_for_the_bytes_takes_nothing_off_the_socket(fdpass: ModuleType
     data, arrived = fdpass.receive_descriptors(right.fileno(), 1, 1)
     assert (data, len(arrived)) == (b"x", 1)
     close_all(arrived)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="this interpreter itself does not survive it")
+@pytest.mark.skipif(not CYTHON_IS_BUILT, reason="the compiled modules are not built")
+def test_whichever_allocation_of_a_receive_fails_what_came_is_closed(pair: Pair, some: int) -> None:
+    testcapi = pytest.importorskip("_testcapi", reason="this Python cannot fail allocations")
+    receive = importlib.import_module("takeover._fdpass").receive_descriptors
+    left, right = pair
+    right.setblocking(False)
+    taken = failures = 0
+    with no_leak():
+        for number in range(1, 40):
+            socket.send_fds(left, [b"x"], [some] * 3)
+            received: tuple[bytes, Sequence[int]] = b"", ()
+            arguments = right.fileno(), 100, 10
+            testcapi.set_nomemory(number, number + 1)
+            try:
+                received = receive(*arguments)
+            except MemoryError:
+                failures += 1
+            finally:
+                testcapi.remove_mem_hooks()
+            if not received[1]:
+                try:
+                    received = receive(*arguments)
+                except BlockingIOError:
+                    taken += 1
+            close_all(received[1])
+    assert 0 < taken <= failures < 39, "some fail behind what takes the descriptors off the socket"
 
 
 @pytest.mark.parametrize("data", [b"xy", bytearray(b"xy"), memoryview(b"xy"), array.array("h", [7])])

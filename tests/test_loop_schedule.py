@@ -380,3 +380,35 @@ def test_a_compiled_loop_is_made_once() -> None:
     with pytest.raises(RuntimeError, match="once"):
         loop.__init__()
     loop.close()
+
+
+def replace_epoll() -> None:
+    """Somebody has closed the descriptors that loops of this process wait with, and opened others instead."""
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventpoll]":
+                with open("/dev/null", "rb") as null:
+                    os.dup2(null.fileno(), int(fd), inheritable=False)
+
+
+def test_a_loop_that_cannot_wait_any_more_ends_run_and_can_be_closed(loop_module: ModuleType) -> None:
+    loop = loop_module.Loop()
+    loop.call_soon(replace_epoll)
+    with pytest.raises(OSError, match="Invalid argument"):
+        loop.run()
+    loop.close()
+
+
+def test_a_connection_that_cannot_be_waited_for_is_closed(loop_module: ModuleType) -> None:
+    class Last(asyncio.Protocol):
+        def __init__(self) -> None:
+            replace_epoll()
+
+    loop = loop_module.Loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        loop.listen(listener, Last)
+        with socket.create_connection(listener.getsockname(), LIMIT) as client:
+            with pytest.raises(OSError, match="Invalid argument"):
+                loop.run()
+            loop.close()
+            assert client.recv(1) == b""

@@ -127,6 +127,16 @@ def state_of(protocol: Any) -> tuple[int, bytes]:
     return version, bytes(state)
 
 
+def _keep_tail(transport: Transport, tails: dict[int, bytes], index: int) -> bool:
+    """What was written since the export goes along; False where there is no memory for that."""
+    if transport.get_write_buffer_size() > transport.exported:
+        try:
+            tails[index] = transport.backlog(transport.exported)
+        except MemoryError:
+            return False
+    return True
+
+
 def _adopt(loop: Loop, fd: int, record: Record, generation: int) -> None:
     """Takes one connection in, and all of it: whatever is raised, the loop knows nothing of it then."""
     home = loop.homes.get(record.listener)
@@ -222,20 +232,18 @@ class Mover(Connections):
     def relinquish_connections(
         self, descriptors: array[int], skip: Collection[int]
     ) -> tuple[list[int], dict[int, bytes]]:
-        kept, tails = [], {}
+        kept: list[int] = []
+        tails: dict[int, bytes] = {}
         for index, fd in enumerate(descriptors):
             transport = self.transports[fd]
             if index in skip:
                 transport.stays = True
                 transport.resume()
                 continue
-            if transport.stays:
+            if transport.stays or not _keep_tail(transport, tails, index):
                 kept.append(index)
-                continue
-            tail = transport.backlog(transport.exported)
-            if tail:
-                tails[index] = tail
-            self._part(transport)
+            else:
+                self._part(transport)
         return kept, tails
 
     def put_back_connections(self, descriptors: array[int], stay: bool) -> None:

@@ -3,10 +3,12 @@
 
     s  is the subject from now on: what capital letters are done to, and what alone moves
     w  writes a letter    b  writes a lot    e  ends our half    c  closes    a  aborts
-    p  pauses reading     r  resumes it
+    p  pauses reading     r  resumes it   x  puts /dev/null in the place of its descriptor
 """
 
 from libc.string cimport memset
+from posix.fcntl cimport O_RDONLY, open
+from posix.unistd cimport close, dup2
 
 from takeover._loop cimport (
     Connection, Core, Handler, connection_abort, connection_close, connection_pause_reading, connection_resume_reading,
@@ -50,6 +52,7 @@ cdef void received(Core *core, Connection *connection, const char *data, size_t 
     cdef Connection *whom
     cdef size_t index
     cdef char letter
+    cdef int null
     for index in range(size):
         counts[<int>OBEYED] += 1
         whom = connection if data[index] & 32 else subject
@@ -70,6 +73,10 @@ cdef void received(Core *core, Connection *connection, const char *data, size_t 
             connection_pause_reading(core, whom)
         elif letter == b'r':
             connection_resume_reading(core, whom)
+        elif letter == b'x':
+            null = open("/dev/null", O_RDONLY)
+            dup2(null, whom.fd)
+            close(null)
 
 
 cdef bint ended(Core *core, Connection *connection) noexcept nogil:
