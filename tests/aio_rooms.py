@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from clients import eventually
 from processes import FAST, Program, Room, catches
+
+Run = Callable[[Awaitable[Any]], Any]
+"""Runs a coroutine on a loop of some kind, for so long and no longer."""
 
 
 class Aio:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib
 import os
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
-from aio_rooms import Aio
+from aio_rooms import Aio, Run
+from clients import LIMIT
 from processes import OFFSET, STEP, Room
 
 BACKENDS = ("cython", "python")
@@ -78,6 +82,20 @@ def aio(request: pytest.FixtureRequest) -> Iterator[Aio]:
         pytest.importorskip("uvloop", reason="uvloop cannot be imported here")
     with Room("cython" if CYTHON_IS_BUILT else "python") as room:
         yield Aio(room, request.param)
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    if request.param == "asyncio":
+        return lambda work: asyncio.run(asyncio.wait_for(work, LIMIT))
+    uvloop = pytest.importorskip("uvloop", reason="uvloop cannot be imported here")
+
+    def run_on_uvloop(work: Awaitable[Any]) -> Any:
+        loop = uvloop.new_event_loop()
+        with contextlib.closing(loop):
+            return loop.run_until_complete(asyncio.wait_for(work, LIMIT))
+
+    return run_on_uvloop
 
 
 ONCE = frozenset(

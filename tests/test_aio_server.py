@@ -7,32 +7,16 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any
 
 import pytest
 
 import takeover
+from aio_rooms import Run
 from clients import LIMIT
 from processes import FAST, Room
 from takeover import aio
-
-Run = Callable[[Awaitable[Any]], Any]
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def run(request: pytest.FixtureRequest) -> Run:
-    """Runs a coroutine on either loop, for so long and no longer."""
-    if request.param == "asyncio":
-        return lambda work: asyncio.run(asyncio.wait_for(work, LIMIT))
-    uvloop = pytest.importorskip("uvloop", reason="uvloop cannot be imported here")
-
-    def run_on_uvloop(work: Awaitable[Any]) -> Any:
-        loop = uvloop.new_event_loop()
-        with contextlib.closing(loop):
-            return loop.run_until_complete(asyncio.wait_for(work, LIMIT))
-
-    return run_on_uvloop
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: aio.Connection) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 
+import pytest
+
 from aio_rooms import Aio, Client
 from clients import Talker, eventually
 from processes import FAST, Boundaries, Program, Room, stopping
@@ -56,13 +58,14 @@ def test_an_end_of_file_that_comes_on_the_way_is_told_by_the_next_process(aio: A
         boundaries.close()
 
 
-def test_a_protocol_that_goes_from_loop_to_loop_is_told_once(aio: Aio) -> None:
-    first = aio.start("lines")
+@pytest.mark.parametrize("begin", ["here", "native"])
+def test_a_protocol_that_goes_from_loop_to_loop_is_told_once(aio: Aio, begin: str) -> None:
+    here = aio.loop
+    first = aio.start("lines", **({"loop": "native"} if begin == "native" else {}))
     with Client(aio.room) as half, Client(aio.room) as whole:
         end(half, first)
         whole.ask()
-        here = aio.loop
-        for loop in ("native", here, "native", here):
+        for loop in (here, "native", here) if begin == "native" else ("native", here, "native", here):
             aio.loop = loop
             last = aio.start("lines")
             assert first.wait() == 0

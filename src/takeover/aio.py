@@ -122,21 +122,18 @@ class AioServer(LoopServer):
         self.aio = Mover(loop)
         super().__init__(loop, self.aio, drain_timeout, live, observer)
         self.ended = asyncio.Event()
-        self._polling = False
 
     def connections(self) -> int:
         return self.aio.connections
 
     def when_empty(self, callback: Callable[[], object]) -> None:
-        if not self._polling:
-            self._polling = True
-            self.loop.call_later(POLL, self._poll, callback)
+        self.loop.call_later(POLL, self._poll, callback)
 
     def _poll(self, callback: Callable[[], object]) -> None:
         self.aio.sweep()
         callback()
         if not self.ended.is_set():
-            self.loop.call_later(POLL, self._poll, callback)
+            self.when_empty(callback)
 
     def abort_connections(self) -> int:
         return self.aio.abort()

@@ -74,9 +74,8 @@ class Seat:
     @property
     def ends(self) -> bool:
         """Whether its socket is closed, or about to be in this turn of the loop."""
-        if self.socket.fileno() < 0:
-            return True
-        return self.transport.is_closing() and not self.transport.get_write_buffer_size()
+        closing = self.transport.is_closing() and not self.transport.get_write_buffer_size()
+        return closing or self.socket.fileno() < 0
 
 
 class Arrival:
@@ -155,13 +154,6 @@ class Entrance(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._full = True
 
-    def resume_writing(self) -> None:
-        self._full = False
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if self.protocol is not None:
-            self.protocol.connection_lost(error)
-
 
 class Porch(asyncio.Protocol):
     """Between the entrance and a protocol that had paused reading or heard the end of file before it moved here.
@@ -180,7 +172,7 @@ class Porch(asyncio.Protocol):
         transport.set_protocol(self)
         if flags & PAUSED:
             transport.pause_reading()
-            self._pausing = asyncio.get_running_loop().call_soon(self._pause)
+            self._pausing = asyncio.get_running_loop().call_soon(self._settle)
 
     def begin(self) -> None:
         """Behind the protocol's connection_made(), which may have wanted to read."""
@@ -188,47 +180,41 @@ class Porch(asyncio.Protocol):
             self._pausing.cancel()
             self._pausing = None
         if self._pausing is None:
-            self.step_aside()
+            asyncio.get_running_loop().call_soon(self.step_aside)  # uvloop does not say before that it reads
 
     @property
     def settled(self) -> bool:
         """Whether the loop has begun to read, or has not, as the protocol wants it."""
         return self._pausing is None
 
-    def connection_moved(self) -> None:
-        moved = getattr(self.protocol, "connection_moved", None)
-        if moved is not None:
-            moved()
-
     def data_received(self, data: bytes) -> None:
         self.early.append(data)
         if self._pausing is None:
-            self.step_aside()
+            self._deliver()
 
     def eof_received(self) -> bool:
-        if self.knows_end:
-            self.knows_end = False
-            self.step_aside()
-            return True
-        if self._pausing is None and self.transport.is_reading():
-            self._deliver()
-            return bool(self.protocol.eof_received())
-        return True  # it is read once more when the protocol reads again
+        if self._pausing is not None:
+            return True  # it is read once more when the protocol reads again
+        self._deliver()
+        return self.knows_end or bool(self.protocol.eof_received())
 
     def connection_lost(self, error: Exception | None) -> None:
         self._pausing = None
-        self._deliver()
+        if error is not None:  # who has closed its connection hears nothing of it any more
+            self._deliver()
         self.protocol.connection_lost(error)
 
     def pause_writing(self) -> None:
         self.protocol.pause_writing()
 
     def resume_writing(self) -> None:
+        self._settle()  # the protocol may want to read now
         self.protocol.resume_writing()
 
-    def _pause(self) -> None:
-        self._pausing = None
-        if not self.transport.is_closing():
+    def _settle(self) -> None:
+        if self._pausing is not None:
+            self._pausing.cancel()
+            self._pausing = None
             self.transport.resume_reading()  # asyncio before 3.11 reads although it knows that it is paused
             self.transport.pause_reading()
             self.step_aside()
@@ -239,8 +225,7 @@ class Porch(asyncio.Protocol):
             return
         reads = self.transport.is_reading()
         if self.early and not reads:
-            if not self.transport.is_closing():
-                asyncio.get_running_loop().call_later(PAUSE, self.step_aside)
+            asyncio.get_running_loop().call_later(PAUSE, self.step_aside)
         elif not (self.knows_end and reads):
             self._deliver()
 
@@ -249,6 +234,11 @@ class Porch(asyncio.Protocol):
         early, self.early = self.early, []
         for data in early:
             feed(self.protocol, data)
+
+
+def behind(protocol: Any) -> Any:
+    """The protocol of a connection, also where it waits behind a porch."""
+    return protocol.protocol if isinstance(protocol, Porch) else protocol
 
 
 def feed(protocol: Any, data: bytes) -> None:

@@ -19,10 +19,8 @@ def end_is_sent(sock: socket.SocketType, family: int) -> bool:
         if family != socket.AF_UNIX:
             return _state(sock) in OURS_ENDED
         sock.send(b"", FLAGS)
-    except BrokenPipeError:
-        return True
-    except OSError:
-        pass
+    except OSError as error:
+        return isinstance(error, BrokenPipeError)
     return False
 
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ._moving_py import Stays, protocol_for, state_of
-from .aio_entrance import Arrival, Entrance, Home, Porch, Seat, feed
+from .aio_entrance import Arrival, Entrance, Home, Porch, Seat, behind, feed
 from .aio_halves import end_is_next, end_is_sent
 from .aio_streams import Stream
 from .borrowed import let_go, own
@@ -83,7 +83,7 @@ class Hold(asyncio.Protocol):
         self.seat.transport.set_protocol(Gone(self.protocol))
         self.seat.transport.abort()
         self.duplicate.close()
-        moved = getattr(self.protocol, "connection_moved", None)
+        moved = getattr(behind(self.protocol), "connection_moved", None)
         if isinstance(self.protocol, Stream):
             self.protocol.connection_moved()
             self.protocol.reader.give_away()
@@ -266,13 +266,13 @@ class Mover(Connections):
         if home is None:
             raise Stays("listener")
         try:
+            os.set_blocking(descriptor, False)
             sock = own(descriptor)
         except OSError:
             raise Stays("socket") from None
         try:
             if sock.type != socket.SOCK_STREAM:
                 raise Stays("socket")
-            sock.setblocking(False)
             protocol = protocol_for(home, record)
             moved = Moved(generation, min(record.times + 1, 255))
             if isinstance(protocol, Stream):
@@ -283,9 +283,6 @@ class Mover(Connections):
             # The parts of a record lead into a buffer that is large, or is gone when the batch is.
             record = record._replace(unread=bytes(record.unread), unsent=bytes(record.unsent), state=b"")
             self._arrivals[descriptor] = Arrival(home, record, sock, protocol, moved)
-        except OSError:
-            let_go(sock)
-            raise Stays("socket") from None
         except BaseException:
             let_go(sock)
             raise
@@ -327,7 +324,7 @@ def _export(seat: Seat) -> tuple[bytes, int]:
         raise Stays("busy")
     if isinstance(protocol, Porch) and not protocol.settled:
         raise Stays("busy")
-    version, state = state_of(protocol.protocol if isinstance(protocol, Porch) else protocol)
+    version, state = state_of(behind(protocol))
     if transport.is_closing():
         raise Stays("closing")
     if transport.get_write_buffer_size():
@@ -343,14 +340,11 @@ def _export(seat: Seat) -> tuple[bytes, int]:
         if not isinstance(protocol, Stream):
             flags |= EOF_RECEIVED * _end_was_told(seat, protocol, duplicate)
         record = _record(seat, protocol, version, state, flags)
-    except BaseException as error:
+        Hold(seat, protocol, duplicate, flags, was_reading=transport.is_reading())
+    except OverflowError as error:
         duplicate.close()
-        if not isinstance(error, OverflowError):
-            raise
         log.error("%s is too much to move; it is drained", error)
         raise Stays("state") from None
-    try:
-        Hold(seat, protocol, duplicate, flags, was_reading=transport.is_reading())
     except BaseException:
         duplicate.close()
         raise

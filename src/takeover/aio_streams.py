@@ -69,9 +69,8 @@ class Reader(asyncio.StreamReader):
 
     def free(self) -> None:
         """Whoever waits goes on."""
-        if self._release is not None:
-            _wake(self._release)
-            self._release = None
+        _wake(self._release)
+        self._release = None
 
     def give_away(self) -> None:
         """What it holds is another's now; whoever still waits here finds the end of file."""
@@ -232,9 +231,9 @@ class Stream(asyncio.StreamReaderProtocol):
 
     def connection_moved(self) -> None:
         """The handler ends; what it still writes goes nowhere."""
+        assert self.task is not None
         self.connection.gone = True
-        if self.task is not None:
-            self.task.cancel()
+        self.task.cancel()
 
     def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.task = self._own_loop.create_task(self._run(reader, writer))
