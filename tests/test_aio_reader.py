@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from takeover.aio_streams import Reader
@@ -68,6 +68,16 @@ async def outcomes(reader: asyncio.StreamReader, chunks: list[bytes], reads: lis
     return found
 
 
+LONG = b"x" * (LIMIT + 1)
+
+
+@example([LONG + b"\n"], [("readline",), ("read", -1)])
+@example([LONG], [("readline",), ("read", -1)])
+@example([LONG + b"\nrest"], [("readuntil", b"\n"), ("read", 3)])
+@example([LONG, LONG], [("readuntil", b"\n"), ("readexactly", 4)])
+@example([b"a"], [("readuntil", b""), ("readexactly", -1), ("read", -1)])
+@example([LONG, LONG, b"end"], [("readexactly", 2 * len(LONG) + 3)])
+@example([LONG, LONG, b"end"], [("read", 2), ("read", 2), ("read", 20), ("read", -1)])
 @settings(deadline=None)
 @given(CHUNKS, st.lists(READS, max_size=8))
 def test_it_hands_out_what_asyncios_does(chunks: list[bytes], reads: list[tuple[Any, ...]]) -> None:
@@ -148,3 +158,29 @@ def test_a_wait_that_is_given_up_while_held_counts_as_over() -> None:
         assert await reader.readline() == b"line\n"
 
     asyncio.run(give_up())
+
+
+def test_what_a_connection_was_lost_by_is_raised_to_whoever_waits_and_whoever_comes() -> None:
+    async def lose() -> None:
+        reader = Reader(LIMIT, asyncio.get_running_loop())
+        task = asyncio.ensure_future(reader.readline())
+        await asyncio.sleep(0)
+        reader.set_exception(ConnectionResetError("by the peer"))
+        for reading in (task, reader.read(1), reader.readexactly(1)):
+            with pytest.raises(ConnectionResetError, match="by the peer"):
+                await reading
+
+    asyncio.run(lose())
+
+
+def test_only_one_at_a_time_may_wait() -> None:
+    async def wait_twice() -> None:
+        reader = Reader(LIMIT, asyncio.get_running_loop())
+        task = asyncio.ensure_future(reader.readline())
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="already waiting"):
+            await reader.readline()
+        reader.feed_data(b"line\n")
+        assert await task == b"line\n"
+
+    asyncio.run(wait_twice())

@@ -79,8 +79,11 @@ class Listener(Home):
             self._server = None
 
     def close_after_fork(self) -> None:
-        if self._duplicate is not None:
-            self._duplicate.close()
+        """In a forked child. uvloop would not let go of the number before its end, so that is given something else."""
+        if self._duplicate is not None and self._duplicate.fileno() >= 0:
+            other = os.eventfd(0, os.EFD_CLOEXEC)
+            os.dup2(other, self._duplicate.fileno(), inheritable=False)
+            os.close(other)
 
     async def _open(self) -> None:
         while self._wanted and self._server is None:
