@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from aio_rooms import Run
 from channel_cases import Scene, Tally
 from takeover import _loop_py
 from takeover import taker as taker_module
@@ -449,3 +450,41 @@ def test_on_other_loops_too_no_connection_is_half_adopted(loop: str, offers: Cal
 
     with contextlib.closing(made):
         made.run_until_complete(play())
+
+
+def test_on_other_loops_too_each_wrong_record_is_refused_by_its_word(run: Run, offers: Callable[..., Offer]) -> None:
+    async def play() -> None:
+        mover = Mover(asyncio.get_running_loop())
+        mover.homes[1] = Home(1, Troubled)
+        offer = offers(1, [b"", b"", b"", b"", b"", b"", b"value", b"memory"])
+        others = socket.socket(socket.AF_INET, socket.SOCK_DGRAM).detach(), os.memfd_create("no socket")
+        for index, other in enumerate(others, 1):
+            os.dup2(other, offer.descriptors[index])
+            os.close(other)
+            offer.inodes[index] = os.fstat(offer.descriptors[index]).st_ino
+        offer.records[3] = offer.records[3]._replace(listener=2)
+        offer.records[4] = offer.records[4]._replace(version=7)
+        offer.records[5] = offer.records[5]._replace(flags=0)
+        refused = mover.adopt_connections(offer.body, offer.descriptors, 1)
+        words = ("socket", "socket", "listener", "version", "handler", "state", "memory")
+        assert refused == [[index, word] for index, word in enumerate(words, 1)]
+        check(offer, refused, mover.connections)
+        mover.drop_connections(offer.descriptors, range(1, 8))
+        assert offer.clients[0].recv(1) == b""
+
+    run(play())
+
+
+@pytest.mark.parametrize("index", [0, THIRD, COUNT - 1])
+def test_on_other_loops_too_one_that_ends_the_program_leaves_none_of_the_batch_behind(
+    run: Run, offers: Callable[..., Offer], index: int
+) -> None:
+    async def play() -> None:
+        mover = Mover(asyncio.get_running_loop())
+        mover.homes[1] = Home(1, Troubled)
+        offer = offers(1, [b"exit" if each == index else b"" for each in range(COUNT)])
+        with pytest.raises(SystemExit):
+            mover.adopt_connections(offer.body, offer.descriptors, 1)
+        check_none(offer, mover.connections)
+
+    run(play())

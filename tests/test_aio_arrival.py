@@ -67,6 +67,20 @@ def test_what_comes_when_it_reads_again_comes_behind_what_was_unread(run: Run) -
     run(play())
 
 
+def test_an_end_of_file_that_the_loop_reads_too_early_is_told_when_it_reads(run: Run) -> None:
+    async def play() -> None:
+        async with Stage() as stage:
+            client, served = pair(tcp=False)
+            client.shutdown(socket.SHUT_WR)
+            guest = await stage.arrive(PAUSED, ends=(client, served))
+            await turns()
+            assert guest.events == ["made"]
+            guest.transport.resume_reading()
+            await until(lambda: guest.events == ["made", "eof"])
+
+    run(play())
+
+
 @pytest.mark.usefixtures("never_looks")
 def test_an_end_of_file_that_comes_when_it_reads_again_comes_behind_what_was_unread(run: Run) -> None:
     async def play() -> None:

@@ -89,16 +89,20 @@ class Listener(Home):
         while self._wanted and self._server is None:
             try:
                 os.set_blocking(self.socket.fileno(), False)
-                self._duplicate = self.socket.dup()
-                self._server = await self._serve(self._duplicate)
+                await self._accept(self.socket.dup())
             except OSError as error:
-                if self._duplicate is not None:
-                    self._duplicate.close()
-                    self._duplicate = None
                 log.error("cannot accept on %s: %s; trying again", self.socket.getsockname(), error.strerror)
                 await asyncio.sleep(RETRY)
         if not self._wanted:
             self.stop()
+
+    async def _accept(self, sock: socket.socket) -> None:
+        self._duplicate = sock
+        try:
+            self._server = await self._serve(sock)
+        except OSError:
+            sock.close()
+            raise
 
     async def _serve(self, sock: socket.socket) -> Any:
         loop: Any = asyncio.get_running_loop()
