@@ -59,20 +59,6 @@ def test_an_event_that_cannot_be_dealt_with_leaves_the_thread_at_work(
     assert "Traceback" not in caplog.text
 
 
-def test_an_event_of_a_link_that_was_closed_before_its_turn_counts_for_nothing(
-    thread: ControlThread, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As where the socket and the peer's pidfd are reported in one batch."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        exchange = Incumbent(Link(ours), thread)  # type: ignore[arg-type]
-        thread.exchanges[exchange] = (-1, -1)
-        exchange.link.close()
-        thread._ready(exchange, selectors.EVENT_READ | selectors.EVENT_WRITE)
-        del thread.exchanges[exchange]
-        assert exchange.error is None and not caplog.records
-
-
 def test_a_question_of_the_thread_to_itself_is_answered_at_once(thread: ControlThread) -> None:
     """A server may ask for the status in what it is called for at a takeover."""
     assert thread.ask(lambda: thread.ask(lambda: 42)) == 42

@@ -190,6 +190,7 @@ class ControlThread:
             self._run_posted(self._posted.popleft())
 
     def _run_ready(self, patience: float | None) -> None:
+        """What is ready; an earlier event of the same batch may have closed the link of a later one."""
         for key, mask in self.selector.select(patience):
             still = self.selector.get_map().get(key.fd)
             if still is not None and still.data is key.data:
@@ -228,12 +229,7 @@ class ControlThread:
             if mask & selectors.EVENT_READ:
                 exchange.readable()
 
-        self._on_event(exchange, work)
-
-    def _on_event(self, exchange: Exchange, work: Callable[[], object]) -> None:
-        """An event may be stale: an earlier one of the same batch may have closed the link of one that goes on."""
-        if exchange.link.fileno() >= 0:
-            self.run_step(exchange, work)
+        self.run_step(exchange, work)
 
     def _watch(self, exchange: Exchange) -> None:
         """Brings the selector up to date with what the exchange waits for."""
@@ -255,7 +251,7 @@ class ControlThread:
             self.exchanges[exchange] = (sock, -1)
         elif exchange.knows_peer and pidfd < 0 and exchange.link.peer.pidfd is not None:
             pidfd = exchange.link.peer.pidfd
-            self.selector.register(pidfd, selectors.EVENT_READ, lambda _: self._on_event(exchange, exchange.died))
+            self.selector.register(pidfd, selectors.EVENT_READ, lambda _: self.run_step(exchange, exchange.died))
             self.exchanges[exchange] = (sock, pidfd)
 
     def _unregister(self, exchange: Exchange) -> None:
