@@ -76,7 +76,12 @@ def test_children_are_found_without_a_list_of_them_in_the_kernel(
     assert child in proc.children(os.getpid())
 
 
-def test_a_thread_that_ends_while_it_is_looked_at_has_no_children(reading: Callable[[str, Any], None]) -> None:
+def test_a_thread_that_ends_while_it_is_looked_at_has_no_children(
+    gone: int, child: int, reading: Callable[[str, Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as ended:
+        ended.setattr(proc, "threads", lambda pid: [gone])
+        assert proc.children(os.getpid()) == []
     reading("children", ProcessLookupError(3, "No such process"))
     assert proc.children(os.getpid()) == []
 

@@ -226,6 +226,10 @@ def test_where_calls_are_hidden_an_epoll_set_that_holds_the_listener_counts_as_w
         epoll.register(listening.sock, select.EPOLLIN)
         seen = waiting.look([os.getpid()], [inode])
         assert seen.waiting == {inode: waiting.Waiter(os.getpid(), "its epoll set holds it")}
+        others = waiting.Seen([], {}, {4711: os.getppid()}, {}, "")
+        with pytest.raises(proc.Hidden):
+            waiting._look_into(os.getpid(), frozenset({inode, 4711}), others)
+        assert list(others.waiting) == [inode]
 
 
 def test_ready_is_believed_of_the_command_and_of_its_children(stage: Trials) -> None:

@@ -335,6 +335,7 @@ def test_output_that_was_read_before_nobody_needed_it_any_more_only_passes_throu
     os.write(relay.ends[0], b"serving\n")
     relay.started()
     assert _read_line(reading) == b"serving\n"
+    eventually(lambda: stage.events._posted, "the loop is to have it, too")
     finish(LIMIT)
     stage.events.run_once(0)
     assert told == []
