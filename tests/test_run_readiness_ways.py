@@ -336,6 +336,7 @@ def test_output_that_was_read_before_nobody_needed_it_any_more_only_passes_throu
     relay.started()
     assert _read_line(reading) == b"serving\n"
     eventually(lambda: stage.events._posted, "the loop is to have it, too")
+    relay.calm()
     finish(LIMIT)
     stage.events.run_once(0)
     assert told == []
