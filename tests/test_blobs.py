@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ import pathlib
 import signal
 import sys
 from array import array
+from concurrent import futures
+from typing import Any
 
 import pytest
 
@@ -16,7 +19,9 @@ import takeover
 from clients import LIMIT, eventually
 from heirs import MEMFD, ask, end, start
 from processes import FAST, PROGRAMS, Program, Room, descriptors, descriptors_at_rest, stopped
-from takeover.errors import LocalError, LocalProtocolError, UsageError
+from takeover.blobs import Blobs
+from takeover.errors import LocalError, LocalProtocolError, RemoteProtocolError, UsageError
+from takeover.records import seal
 
 
 @pytest.fixture
@@ -303,3 +308,51 @@ def test_more_names_than_there_may_be_are_refused_and_the_others_kept(
             service.hand_over("four", b"data")
         assert descriptors(os.getpid())[MEMFD] == 3
     assert not descriptors(os.getpid())[MEMFD]
+
+
+def test_who_waits_for_one_name_goes_on_waiting_when_another_comes(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    with takeover.join(room.control, probation=0) as old:
+        old.ready()
+        with takeover.join(room.control) as new:
+            new.ready()
+            assert old.wait(LIMIT)
+            wait, names = futures.wait, iter(("other", "wanted"))
+
+            def wait_for_more(*arguments: Any) -> Any:
+                old.hand_over(name := next(names), name.encode())
+                return wait(*arguments)
+
+            monkeypatch.setattr("takeover.blobs.futures.wait", wait_for_more)
+            view = new.inherited("wanted", LIMIT)
+            assert view is not None and bytes(view) == b"wanted"
+            assert next(names, None) is None
+
+
+def test_one_that_cannot_be_mapped_stays_until_it_can(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> memoryview:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with takeover.join(room.control, probation=0) as old:
+        old.ready()
+        old.hand_over("state", b"data")
+        with takeover.join(room.control) as new:
+            with monkeypatch.context() as patch:
+                patch.setattr("takeover.blobs.unseal", fail)
+                with pytest.raises(LocalError, match=r"inherited\('state'\): Cannot allocate memory"):
+                    new.inherited("state")
+            view = new.inherited("state")
+            assert view is not None and bytes(view) == b"data"
+
+
+def test_more_than_anybody_may_send_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("takeover.blobs.MOST_BLOBS", 2)
+    kept = Blobs()
+    for name, generation in (("one", 1), ("two", 1), ("two", 1), ("three", 2)):
+        kept.inherit(name, generation, seal("blob", b"data"))
+    over = seal("blob", b"data")
+    with pytest.raises(RemoteProtocolError, match="more than 2 blobs"):
+        kept.inherit("three", 1, over)
+    os.close(over)
+    assert descriptors(os.getpid())[MEMFD.replace("takeover-blob", "blob")] == 3
+    kept.close()
+    assert not descriptors(os.getpid())[MEMFD.replace("takeover-blob", "blob")]

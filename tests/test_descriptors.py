@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from takeover.borrowed import BorrowedSocket
-from takeover.descriptors import describe, expect
+from takeover.descriptors import describe, expect, limit_and_held
 from takeover.errors import RemoteProtocolError
 
 
@@ -148,3 +148,14 @@ def test_a_pipe_is_not_believed_to_be_a_listener() -> None:
     os.fstat(reader)
     os.close(reader)
     os.close(writer)
+
+
+def test_where_nothing_tells_how_many_are_open_some_are_counted_as_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, held = limit_and_held()
+    assert 3 < held < limit
+
+    def fail(_: str) -> list[str]:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(os, "listdir", fail)
+    assert limit_and_held() == (limit, 64)

@@ -259,3 +259,12 @@ def test_where_every_uid_is_mapped_the_overflow_uid_is_a_user_like_any_other(
     assert 65534 in ControlPath(path, [65534]).allowed
     monkeypatch.setattr("takeover.control.unmapped_uid", lambda: 65534)
     assert 65534 not in ControlPath(path, [65534]).allowed
+
+
+def test_where_nothing_tells_of_mappings_every_uid_is_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> object:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(namespaces, "open", fail, raising=False)
+    assert namespaces.unmapped_uid() is None
+    assert namespaces.mapping_hint(65534) == ""

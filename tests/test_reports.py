@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -15,8 +16,9 @@ import pytest
 import takeover
 from clients import LIMIT, eventually, receive_exactly
 from processes import Program, Room, descriptors_at_rest, free_address
-from takeover import query
+from takeover import announcement, query
 from takeover.errors import Refused
+from takeover.report import Report
 
 
 @pytest.fixture
@@ -172,3 +174,13 @@ def test_the_status_tells_of_the_last_takeover_its_outcome_and_its_phases(room: 
     last = room.status()["last_takeover"]
     assert (last["outcome"], last["role"], last["peer"]) == ("committed", "successor", server.pid)
     assert all(milliseconds >= 0 for milliseconds in last["phases"].values())
+
+
+def test_a_cold_start_tells_what_became_of_the_listeners_that_a_keeper_held(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    announcement.tell_start(Report(1, 0, (), ("tcp://a:1",), ("tcp://b:2",), 0.0, True), [], "python", dry_run=False)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records[1:]] == [
+        ("INFO", "adopted from the keeper: none"),
+        ("WARNING", "bound anew, the keeper did not have them: tcp://a:1"),
+        ("WARNING", "held by the keeper, not used by this version, closed: tcp://b:2"),
+    ]

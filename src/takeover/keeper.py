@@ -193,10 +193,9 @@ def start(path: ControlPath) -> Keeper:
         with ours:
             with theirs:
                 _process().start(listening.fileno(), theirs.fileno(), path.allowed)
-            first = Keeper(ours, path)
-            first.greet()
-            keeper = find(path)
-            first.close()
+            with contextlib.closing(Keeper(ours, path)) as first:
+                first.greet()
+                keeper = find(path)
         if keeper is None:
             raise LocalError(f"the keeper is up, but somebody has removed {path.path}")
         return keeper
