@@ -330,19 +330,13 @@ def test_who_ends_while_it_registers_hangs_up(room: Room, puppets: Callable[...,
     owner.selector.close()
 
 
-def test_who_is_not_the_owner_any_more_starts_no_keeper(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was to try again when the service went to a successor."""
+def test_who_has_given_the_service_up_before_it_came_to_register_starts_no_keeper(room: Room) -> None:
     owner: Any = Owner(room)
     kept = Keeping(owner, wanted=True)
-    find = keeper.find
-
-    def lose(path: ControlPath) -> Keeper | None:
+    with kept._busy:
+        kept.own_soon()
+        eventually(lambda: not kept._stale, "the thread has begun")
         kept.release()
-        monkeypatch.setattr(keeper, "find", find)
-        raise LocalError("for once")
-
-    monkeypatch.setattr(keeper, "find", lose)
-    kept.own()
     eventually(lambda: kept._worker is None, "the thread has ended")
     assert not os.path.exists(f"{room.control}.keeper")
     owner.selector.close()
