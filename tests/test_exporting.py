@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import resource
@@ -129,6 +130,27 @@ def test_one_that_there_is_no_memory_to_hold_stays(monkeypatch: pytest.MonkeyPat
     scene.loops[0].put_back_connections(descriptors, False)
     scene.answers()
     scene.close()
+
+
+def test_what_waits_to_be_read_when_an_export_comes_in_between_is_read_when_it_is_back(scene: Scene) -> None:
+    """Both can be read at once, and whoever is first exports all."""
+    batches: list[array[int]] = []
+
+    def exporting(received: Callable[[bytes], None], data: bytes) -> None:
+        received(data)
+        if not batches:
+            batches.append(export(scene)[1])
+
+    for protocol in scene.protocols[0]:
+        protocol.data_received = functools.partial(exporting, protocol.data_received)
+    scene.turn()
+    for client in scene.clients:
+        client.sendall(b"x")
+    scene.until(lambda: batches)
+    scene.turn()
+    assert sorted(protocol.received for protocol in scene.protocols[0]) == [b"", b"", b"x"]
+    scene.loops[0].put_back_connections(batches[0], False)
+    assert [scene.read(client, 1) for client in scene.clients] == [b"X"] * COUNT
 
 
 def test_what_cannot_be_noted_is_sent_from_here(scene: Scene) -> None:

@@ -46,15 +46,16 @@ def echoes(client: socket.socket) -> bool:
     return client.recv(16) == b"ping"
 
 
-def test_connections_that_wait_already_are_accepted(case: OurCase, handler: object) -> None:
-    listener = case.bind()
-    waiting = [case.connect(listener) for _ in range(20)]
+@pytest.mark.parametrize("count", [20, 300], ids=["a few", "more than are accepted at a time"])
+def test_connections_that_wait_already_are_accepted(case: OurCase, handler: object, count: int) -> None:
+    listener = case.bind(backlog=count)
+    waiting = [case.connect(listener) for _ in range(count)]
     for client in waiting:
         client.sendall(b"ping")
     served = case.serve(listener, handler)
     assert all(client.recv(16) == b"ping" for client in waiting)
-    assert case.call(lambda: served.accepted) == 20
-    assert case.call(lambda: case.loop.connections) == 20
+    assert case.call(lambda: served.accepted) == count
+    assert case.call(lambda: case.loop.connections) == count
 
 
 def test_a_stopped_listener_leaves_connections_in_the_queue_and_a_started_one_accepts_them(
