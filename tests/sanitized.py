@@ -22,6 +22,7 @@ SANITIZERS = "address,undefined"
 SELECTION = (
     *("tests/test_fdpass.py", "tests/test_loop_transport.py", "tests/test_loop_echo.py", "tests/test_loop_failures.py"),
     *("tests/test_loop_listen.py", "tests/test_loop_schedule.py", "tests/test_native_moves.py"),
+    *("tests/test_compiled_calls.py", "tests/test_exporting.py", "tests/test_adoption.py"),
     *("tests/test_live_state.py", "tests/test_ledger.py", "tests/test_records.py"),
 )
 LEFT_OUT = ("keeper", "memory", "allocation", "huge", "many_makes_as_many_objects", "hundred_mebibytes")

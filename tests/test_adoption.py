@@ -164,6 +164,18 @@ def test_each_wrong_record_is_refused_by_its_word(scene: Scene, offers: Callable
     serve(scene, offer, refused)
 
 
+def test_a_class_that_names_the_versions_it_reads_gets_no_other(
+    scene: Scene, offers: Callable[..., Offer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Troubled, "readable_state_versions", (1, 2), raising=False)
+    offer = offers(scene.inode, [b""] * COUNT, version=2)
+    offer.records[THIRD] = offer.records[THIRD]._replace(version=0)
+    refused = take(scene, offer)
+    assert refused == [[THIRD, "version"]]
+    check(offer, refused, scene.counts()[1])
+    serve(scene, offer, refused)
+
+
 @pytest.mark.parametrize("cut", [slice(None, -1), slice(1, None), slice(0, 0), slice(None, 40)])
 def test_garbled_records_leave_none_of_the_batch_behind(scene: Scene, offers: Callable[..., Offer], cut: slice) -> None:
     offer = offers(scene.inode, [b"state"] * COUNT)
