@@ -101,6 +101,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 ONCE = frozenset(
     {
         "test_bad_luck.py",
+        "test_bare_ends.py",
         "test_benchmarks.py",
         "test_channel_explorer.py",
         "test_chaos.py",
@@ -111,6 +112,7 @@ ONCE = frozenset(
         "test_explorer.py",
         "test_hostile_peers.py",
         "test_keeper.py",
+        "test_keeper_faults.py",
         "test_kubernetes.py",
         "test_live_faults.py",
         "test_live_tcp_states.py",
@@ -118,10 +120,12 @@ ONCE = frozenset(
         "test_namespaces.py",
         "test_packaging.py",
         "test_run_broken_versions.py",
+        "test_run_crew.py",
         "test_run_deploys.py",
         "test_run_diagnosis.py",
         "test_run_keeper.py",
         "test_run_life.py",
+        "test_run_proc.py",
         "test_run_readiness.py",
         "test_run_readiness_ways.py",
         "test_run_servers.py",

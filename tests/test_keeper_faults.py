@@ -37,10 +37,10 @@ def path(tmp_path: pathlib.Path) -> ControlPath:
 
 @pytest.fixture
 def held() -> Iterator[None]:
-    """What the test's process holds open afterwards is what it held before."""
+    """Nothing more is open in the process of the tests afterwards; what others left may go meanwhile."""
     before = descriptors(os.getpid())
     yield
-    assert descriptors(os.getpid()) == before
+    assert not descriptors(os.getpid()) - before
 
 
 class Scene:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from importlib import import_module
+from typing import Any
 
 from .errors import UsageError
 
-LOWER_HALVES = ("_interpreters", "_xxsubinterpreters")
-"""The module below PEP 734's, by either of its names; Python may have been built without it."""
+
+def _lower_half() -> Any:
+    """The module below PEP 734's, by either of its names; None where Python was built without it."""
+    with contextlib.suppress(ImportError):
+        import _interpreters  # type: ignore[import-not-found, unused-ignore]
+
+        return _interpreters
+    with contextlib.suppress(ImportError):
+        import _xxsubinterpreters  # type: ignore[import-not-found, unused-ignore]
+
+        return _xxsubinterpreters
+    return None
 
 
 def refuse_subinterpreters() -> None:
@@ -17,10 +27,6 @@ def refuse_subinterpreters() -> None:
     The compiled modules can be imported in one interpreter only, signals come to the main one, others may neither fork
     nor have daemon threads; and a service is of a process, not of a part of one.
     """
-    for name in LOWER_HALVES:
-        with contextlib.suppress(ImportError):
-            interpreters = import_module(name)
-            if interpreters.get_current() != interpreters.get_main():
-                raise UsageError(
-                    "takeover does not work in a subinterpreter: use it in the main one, or start a process"
-                )
+    interpreters = _lower_half()
+    if interpreters is not None and interpreters.get_current() != interpreters.get_main():
+        raise UsageError("takeover does not work in a subinterpreter: use it in the main one, or start a process")
