@@ -163,6 +163,16 @@ class Program:
                 return
 
 
+def environment(backend: str) -> dict[str, str]:
+    """That of every process of the tests: a backend, and nothing else that takeover goes by."""
+    path = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("TAKEOVER_")},
+        "TAKEOVER_BACKEND": backend,
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, path)),
+    }
+
+
 class Room:
     """A folder with a control path, an address to serve on, and the processes that a test starts there."""
 
@@ -178,13 +188,7 @@ class Room:
         self.tracebacks_allowed = False
         self.tells = True
         """Whether what the processes said is printed in the end, which pytest shows for a test that has failed."""
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("TAKEOVER_")},
-            "TAKEOVER_BACKEND": backend,
-            "PYTHONPATH": os.pathsep.join(
-                map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
-            ),
-        }
+        self.environment = environment(backend)
 
     def run(self, *command: str, **options: Any) -> Program:
         """Starts any command in this room."""

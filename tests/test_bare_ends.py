@@ -17,12 +17,12 @@ import pytest
 
 import takeover
 from clients import LIMIT, eventually
+from kernel import failing, opened
 from processes import Room
 from takeover import errors, query, records
 from takeover.control import Peer
 from takeover.wire import Type
 from test_blobs_and_hostile_peers import Bare, token
-from test_control_thread import failing, opened
 
 HELLO = {"versions": [1], "generation": 1, "build": "0", "pid": os.getpid(), "service": ""}
 JOIN = {

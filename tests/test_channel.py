@@ -20,6 +20,7 @@ import takeover
 from channel_cases import PATIENT, QUICK, Scene, Stranger, Tally
 from clients import LIMIT, eventually
 from conftest import CYTHON_IS_BUILT
+from kernel import opened
 from processes import Room
 from takeover import channel as channel_module
 from takeover import giver as giver_module
@@ -33,10 +34,6 @@ from takeover.taker import Taker
 from takeover.wire import HEADER, MAGIC, Frame, Type
 
 MakeScene = Callable[..., Scene]
-
-
-def opened() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture

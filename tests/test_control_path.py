@@ -19,10 +19,10 @@ import pytest
 
 import takeover
 from clients import LIMIT
+from kernel import failing, opened
 from processes import Room
 from takeover.control import ControlPath
 from takeover.errors import ControlPathError
-from test_control_thread import failing, opened
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 

@@ -18,13 +18,12 @@ import pytest
 
 import takeover
 from clients import LIMIT, eventually
+from kernel import failing, opened
 from processes import Room
 from takeover import errors
 from takeover.control_thread import ControlThread, CpuAllowance
 from takeover.incumbent import Incumbent
 from takeover.link import Link
-
-OPENED = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
 
 
 @pytest.fixture
@@ -33,17 +32,6 @@ def thread() -> Iterator[ControlThread]:
     made.start()
     yield made
     made.close()
-
-
-def opened() -> int:
-    return len(os.listdir(OPENED))
-
-
-def failing(number: int) -> Callable[..., None]:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return fail
 
 
 def test_an_event_that_cannot_be_dealt_with_leaves_the_thread_at_work(

@@ -13,9 +13,9 @@ import pytest
 
 import takeover
 from clients import eventually
+from kernel import failing
 from processes import PROGRAMS, Program, Room
 from takeover.errors import ListenError, LocalProtocolError
-from test_control_thread import failing
 
 
 def start(room: Room) -> Program:

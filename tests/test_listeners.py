@@ -14,6 +14,7 @@ import pytest
 
 import takeover
 from clients import LIMIT, eventually
+from kernel import opened
 from processes import Room, free_address
 from takeover import listeners
 from takeover.errors import AddressError, ListenError
@@ -62,10 +63,6 @@ def test_the_same_address_twice_is_a_mistake_also_under_another_spelling(room: R
 def test_one_socket_is_not_enough_for_an_address_that_stands_for_several(room: Room) -> None:
     with takeover.join(room.control) as service, pytest.raises(AddressError, match="listen_all"):
         service.listen("tcp://127.0.0.1:0?reuseport=2")
-
-
-def opened() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def bind(url: str) -> socket.socket:

@@ -18,6 +18,7 @@ import takeover
 from channel_cases import LIMIT
 from clients import eventually
 from conftest import CYTHON_IS_BUILT
+from kernel import opened
 from processes import Room
 from takeover import Limits, loop_server
 from takeover.aio import AioServer, Listener
@@ -27,10 +28,6 @@ from takeover.loop_server import LoopServer
 from takeover.server import NativeServer
 
 Channels = Callable[..., Channel]
-
-
-def opened() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture(params=["cython", "python", "asyncio"])

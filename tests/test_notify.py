@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from clients import LIMIT
+from kernel import failing
 from takeover.notify import LONGEST_NAME, Notifier, descriptor_name
-from test_control_thread import failing
 
 
 @pytest.fixture(params=["path", "abstract"])

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from clients import LIMIT
+from kernel import failing
 from processes import Room
 from takeover.control import ControlPath, peer_of
 from takeover.errors import ControlPathError, UsageError
@@ -22,7 +23,6 @@ from takeover.namespaces import is_process
 from takeover.wire import Type
 from test_blobs_and_hostile_peers import Bare, token
 from test_control_path import ROOT_ONLY, unshared
-from test_control_thread import failing
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOBODY = 65534

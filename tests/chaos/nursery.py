@@ -20,11 +20,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import IO, Any
 
-FOLDERS = (pathlib.Path(__file__).parent, pathlib.Path(__file__).parent.parent / "programs")
-"""Where the programs that it starts find what they import."""
+PROGRAMS = pathlib.Path(__file__).parent.parent / "programs"
+"""Where the programs that it starts find what they import, beside this folder."""
 LONGEST = 65536
 
 
@@ -54,15 +53,6 @@ class Nursery:
         with self._lock:
             socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
             return int(self._socket.recv(LONGEST))
-
-
-@cache
-def nursery(backend: str) -> Nursery:
-    """The one for a backend, which is chosen when takeover is imported."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TAKEOVER_")}
-    path = [*map(str, FOLDERS), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    python_path = os.pathsep.join(map(os.path.abspath, path))
-    return Nursery({**kept, "TAKEOVER_BACKEND": backend, "PYTHONPATH": python_path})
 
 
 class Nursling:
@@ -141,6 +131,7 @@ def _serve() -> list[str]:
 
 
 if __name__ == "__main__":
+    sys.path.insert(1, str(PROGRAMS))
     import ctypes  # noqa: F401  of the tracer
 
     import calls  # noqa: F401

@@ -7,13 +7,19 @@ import re
 import subprocess
 from typing import Any
 
-from processes import FAST, Program, Room
+from processes import FAST, Program, Room, environment
 
-from .nursery import Nursling, nursery
+from .nursery import Nursery, Nursling
 
 PROBATION = 0.1
 DRAIN_TIMEOUT = 5.0
 """Seconds that a process has whose successor was killed before it could take the connections over."""
+
+
+@functools.cache
+def nursery(backend: str) -> Nursery:
+    """The one for a backend, which is chosen when takeover is imported."""
+    return Nursery(environment(backend))
 
 
 class Stage(Room):
