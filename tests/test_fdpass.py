@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import gc
 import importlib
 import os
 import resource
@@ -59,6 +60,7 @@ def many_descriptors() -> Iterator[None]:
 @contextlib.contextmanager
 def no_leak() -> Iterator[None]:
     """What is open at the end was open at the beginning, and the other way round."""
+    gc.collect()  # what other tests have left is not to be closed meanwhile
     before = os.listdir("/proc/self/fd")
     yield
     assert os.listdir("/proc/self/fd") == before

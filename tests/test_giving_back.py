@@ -40,10 +40,10 @@ def test_in_the_probation_the_incumbent_accepts_again_and_learns_why(room: Room)
             assert new.accepts and not old.accepts
             assert new.give_back("the command died")
             assert new.state == "undone" and not new.accepts
+        last = old.status()["last_takeover"]
         assert old.accepts and old.state == "serving"
         assert old_server.calls == ["stop", "start"]
         assert new_server.calls[-1].startswith("undone: ")
-        last = old.status()["last_takeover"]
         assert last["outcome"] == "undone" and last["reason"] == "the command died"
         with socket.create_connection(sock.getsockname()):
             select.select([sock], [], [], 30)
@@ -122,8 +122,8 @@ def test_what_cannot_start_to_serve_gives_the_service_back_even_without_a_probat
         with pytest.raises(OSError, match="no room"):
             start_in_vain(room)
         eventually(lambda: old.state == "serving" and old.accepts, "the incumbent accepts again")
-        assert old_server.calls == ["stop", "start"]
         assert old.status()["last_takeover"]["reason"] == "no room to serve in"
+        assert old_server.calls == ["stop", "start"]
 
 
 def test_a_cold_start_that_cannot_start_to_serve_leaves_nothing_behind(room: Room) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import pytest
 
 import takeover
-from clients import eventually
+from clients import LIMIT, eventually
 from processes import Room
 from takeover import echo
 from takeover.errors import LocalError
@@ -52,7 +52,7 @@ def test_a_signal_between_the_commit_and_the_loop_ends_the_service_as_it_would_i
     assert f"{signum.name}: draining 0 connections" in caplog.messages
     assert caplog.messages.index("ended") > caplog.messages.index(f"{signum.name}: draining 0 connections")
     assert signal.getsignal(signum) == before
-    assert incumbent.wait(0) and incumbent.state != "serving"
+    assert incumbent.wait(LIMIT) and incumbent.state != "serving"
     incumbent.close()
     assert room.refuses() and room.left_behind() == []
 
