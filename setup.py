@@ -3,7 +3,8 @@
 TAKEOVER_EXT says what a compiler that is missing or fails means: "auto" (the default) a warning and a package that runs
 on plain Python, "require" an error, also for a compiler's warning, "skip" that nothing is compiled and the wheel is
 py3-none-any. TAKEOVER_SANITIZE names sanitizers of the compiler ("address,undefined") to build the modules with, for
-tests/sanitized.py; TAKEOVER_LINETRACE=1 has them tell each line to a tracer, for tests/covered.py.
+tests/sanitized.py; TAKEOVER_LINETRACE=1 has them tell each line to a tracer, for tests/covered.py. A level of optimization
+in CFLAGS is taken in place of -O2.
 """
 
 import os
@@ -21,6 +22,7 @@ SANITIZED = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-f
 LINETRACE = os.environ.get("TAKEOVER_LINETRACE") == "1"
 UNTRACED = "_keeper"
 """It has no interpreter that could trace it."""
+OPTIMIZED = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O2"]
 SOURCES = pathlib.Path("ext/takeover")
 
 
@@ -50,7 +52,8 @@ extension_modules = [
         define_macros=[("CYTHON_TRACE_NOGIL", "1")] if LINETRACE and path.stem != UNTRACED else [],
         optional=EXT == "auto",
         extra_compile_args=[
-            *("-O2", "-Wall", "-Wno-unreachable-code"),
+            *OPTIMIZED,
+            *("-Wall", "-Wno-unreachable-code"),
             *(["-Werror"] if EXT == "require" and not (SANITIZE or LINETRACE) else []),
             *SANITIZED,
         ],

@@ -116,6 +116,7 @@ ONCE = frozenset(
         "test_kubernetes.py",
         "test_live_faults.py",
         "test_live_tcp_states.py",
+        "test_long_rows.py",
         "test_model.py",
         "test_namespaces.py",
         "test_packaging.py",
