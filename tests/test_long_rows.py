@@ -24,12 +24,12 @@ from takeover import namespaces
 
 LONG = max(100, 1000 // STEP)
 FIRST = 250
-"""After so many takeovers the interpreter's own cache of attributes has all the names that it keeps of takeover's lines."""
+"""After so many takeovers the interpreter's cache of attributes has all the names that it keeps."""
 OURS = tracemalloc.Filter(True, "*/takeover/*")
 
 
 def growth(once: Callable[[], None], first: int) -> tuple[int, list[str]]:
-    """What a long row leaves that the first few did not: descriptors, and what a line of takeover's allocates each time."""
+    """What a long row leaves: descriptors, and what a line of takeover's allocates and keeps each time."""
     tracemalloc.start()
     try:
         for _ in range(first):
