@@ -14,6 +14,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections import Counter, defaultdict
 
 from coverage import CoverageData
 
@@ -70,19 +71,23 @@ exclude_also =
 
 
 def drop_spoilt(data: pathlib.Path) -> None:
-    """Removes what cannot be combined: of a process in which the plugin failed, for want of a descriptor or of memory.
+    """Removes what cannot be combined: of a process in which files have another tracer than in most.
 
-    coverage.py then takes the lines of a compiled module for Python's own.
+    coverage.py leaves that behind of a process whose plugin failed, or that was ended as it wrote.
     """
-    dropped = 0
+    tracers: dict[pathlib.Path, dict[str, str | None]] = {}
+    votes: dict[str, Counter[str | None]] = defaultdict(Counter)
     for path in data.iterdir():
         counted = CoverageData(str(path))
         counted.read()
-        compiled = [file for file in counted.measured_files() if file.endswith((".pyx", ".pxd"))]
-        if any(counted.file_tracer(file) != "Cython.Coverage.Plugin" for file in compiled):
-            path.unlink()
-            dropped += 1
-    print(f"the counts of {dropped} processes cannot be combined", flush=True)
+        tracers[path] = {file: counted.file_tracer(file) for file in counted.measured_files()}
+        for file, tracer in tracers[path].items():
+            votes[file][tracer] += 1
+    usual = {file: counts.most_common(1)[0][0] for file, counts in votes.items()}
+    spoilt = [path for path, found in tracers.items() if any(usual[file] != tracer for file, tracer in found.items())]
+    for path in spoilt:
+        path.unlink()
+    print(f"the counts of {len(spoilt)} of {len(tracers)} processes cannot be combined", flush=True)
 
 
 def total(folder: pathlib.Path, environment: dict[str, str], part: str) -> float:
