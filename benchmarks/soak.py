@@ -54,6 +54,7 @@ class Service:
         self.port = free_port()
         self.control = folder / "control.sock"
         self.running: list[subprocess.Popen[str]] = []
+        self.newest: subprocess.Popen[str] | None = None
         self.logs: dict[int, pathlib.Path] = {}
 
     def start(self) -> subprocess.Popen[str]:
@@ -65,22 +66,31 @@ class Service:
             process = start_on(command, SERVER_CPU, env=variables, stdout=log, stderr=log)
         self.logs[process.pid] = path.rename(self.folder / f"log-{process.pid}")
         self.running.append(process)
+        self.newest = process
         return process
 
     def has_taken_over(self, process: subprocess.Popen[str]) -> bool:
         return "took over" in self.logs[process.pid].read_text(errors="replace")
 
     def status(self) -> dict[str, Any]:
-        """What the owner says of itself; nothing while there is none."""
-        from takeover import query
-        from takeover.errors import TakeoverError
+        """What the owner says of itself; nothing while none answers. Starts one where the last one to come is dead.
 
-        with contextlib.suppress(TakeoverError, OSError):
+        A service manager would: the one before it may live on for as long as it drains, but accepts no more.
+        """
+        from takeover import query
+        from takeover.errors import NotRunning, TakeoverError
+
+        try:
             return query.status(str(self.control), time_limit=1.0)
+        except NotRunning:
+            if self.newest is None or self.newest.poll() is not None:
+                self.start()
+        except (TakeoverError, OSError):
+            pass
         return {}
 
     def settle(self) -> dict[str, Any]:
-        """Wait until one process is left and serves with its keeper, and start one where none is; gives its status."""
+        """Wait until one process is left and serves with its keeper; gives its status."""
         seen: dict[str, Any] = {}
 
         def settled() -> bool:
@@ -88,11 +98,9 @@ class Service:
             for process in [process for process in self.running if process.poll() is not None]:
                 self.running.remove(process)
                 self.logs.pop(process.pid).unlink()
-            if not self.running:
-                self.start()
+            seen = self.status()
             if len(self.running) != 1:
                 return False
-            seen = self.status()
             kept = (seen.get("keeper") or {}).get("listeners")
             return bool(kept and seen["state"] == "serving" and seen["pid"] == self.running[0].pid)
 
