@@ -3,8 +3,8 @@
 TAKEOVER_EXT says what a compiler that is missing or fails means: "auto" (the default) a warning and a package that runs
 on plain Python, "require" an error, also for a compiler's warning, "skip" that nothing is compiled and the wheel is
 py3-none-any. TAKEOVER_SANITIZE names sanitizers of the compiler ("address,undefined") to build the modules with, for
-tests/sanitized.py; TAKEOVER_LINETRACE=1 has them tell each line to a tracer, for tests/covered.py. A level of optimization
-in CFLAGS is taken in place of -O2.
+tests/sanitized.py; TAKEOVER_LINETRACE=1 has them tell each line to a tracer, for tests/covered.py. Where CFLAGS has a
+level of optimization, it is taken in place of -O2.
 """
 
 import os
