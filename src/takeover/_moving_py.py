@@ -49,6 +49,34 @@ class Home(Protocol):
     def factory(self) -> Callable[[], Any]: ...
 
 
+def adopt_each(
+    records: Buffer,
+    descriptors: array[int],
+    adopt: Callable[[int, Record], object],
+    forget: Callable[[int], object],
+) -> list[list[Any]]:
+    """Has each connection adopted with its record; closes those that are refused, and returns their places and reasons.
+
+    Where something else fails, what was adopted is forgotten, and all descriptors are the caller's still.
+    """
+    refused: list[list[Any]] = []
+    try:
+        for index, (descriptor, record) in enumerate(zip(descriptors, unpack(records, len(descriptors)), strict=True)):
+            try:
+                adopt(descriptor, record)
+            except Stays as stays:
+                refused.append([index, *stays.args])
+            except MemoryError:
+                refused.append([index, "memory"])
+        for index, _ in refused:
+            os.close(descriptors[index])
+    except BaseException:
+        for descriptor in descriptors:
+            forget(descriptor)
+        raise
+    return refused
+
+
 class Stays(Exception):
     """A connection does not move; its argument is the word for why (records.WORDS)."""
 
@@ -264,26 +292,14 @@ class Mover(Connections):
             self.schedule.bid_farewell(moved)
 
     def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
-        refused: list[list[Any]] = []
         loop = cast("Loop", self)
-        try:
-            loop.check_open()
-            found = unpack(records, len(descriptors))
-            for index, (fd, record) in enumerate(zip(descriptors, found, strict=True)):
-                try:
-                    _adopt(loop, fd, record, generation)
-                except Stays as stays:
-                    refused.append([index, *stays.args])
-                except MemoryError:
-                    refused.append([index, "memory"])
-            for index, _ in refused:
-                os.close(descriptors[index])
-        except BaseException:
-            for fd in descriptors:
-                if fd in self.transports:
-                    self.transports[fd].part()
-            raise
-        return refused
+        loop.check_open()
+
+        def forget(fd: int) -> None:
+            if fd in self.transports:
+                self.transports[fd].part()
+
+        return adopt_each(records, descriptors, lambda fd, record: _adopt(loop, fd, record, generation), forget)
 
     def start_connections(self, descriptors: array[int], skip: Collection[int], tails: Mapping[int, bytes]) -> None:
         ending: BaseException | None = None

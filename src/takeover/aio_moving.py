@@ -16,13 +16,13 @@ from array import array
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ._moving_py import Stays, protocol_for, state_of
+from ._moving_py import Stays, adopt_each, protocol_for, state_of
 from .aio_entrance import Arrival, Entrance, Home, Porch, Seat, behind, feed
 from .aio_halves import end_is_next, end_is_sent
 from .aio_streams import Stream
 from .borrowed import let_go, own
 from .connections import Connections
-from .records import EOF_RECEIVED, EOF_WRITTEN, HAS_STATE, PAUSED, Moved, Record, pack_peer, unpack
+from .records import EOF_RECEIVED, EOF_WRITTEN, HAS_STATE, PAUSED, Moved, Record, pack_peer
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -241,24 +241,13 @@ class Mover(Connections):
             self._let_go(descriptor)
 
     def adopt_connections(self, records: Buffer, descriptors: array[int], generation: int) -> list[list[Any]]:
-        refused: list[list[Any]] = []
-        try:
-            found = unpack(records, len(descriptors))
-            for index, (descriptor, record) in enumerate(zip(descriptors, found, strict=True)):
-                try:
-                    self._adopt(descriptor, record, generation)
-                except Stays as stays:
-                    refused.append([index, *stays.args])
-                except MemoryError:
-                    refused.append([index, "memory"])
-            for index, _ in refused:
-                os.close(descriptors[index])
-        except BaseException:
-            for descriptor in descriptors:
-                if descriptor in self._arrivals:
-                    let_go(self._arrivals.pop(descriptor).socket)
-            raise
-        return refused
+        def forget(descriptor: int) -> None:
+            if descriptor in self._arrivals:
+                let_go(self._arrivals.pop(descriptor).socket)
+
+        return adopt_each(
+            records, descriptors, lambda descriptor, record: self._adopt(descriptor, record, generation), forget
+        )
 
     def _adopt(self, descriptor: int, record: Record, generation: int) -> None:
         """Whatever it raises, the descriptor is the caller's then."""
