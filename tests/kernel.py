@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -9,9 +10,15 @@ from collections.abc import Callable
 OPENED = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
 
 
+def open_descriptors() -> list[str]:
+    """What this process holds. What other tests have left is closed before, so that it is not between two looks."""
+    gc.collect()
+    return os.listdir(OPENED)
+
+
 def opened() -> int:
     """How many descriptors this process holds."""
-    return len(os.listdir(OPENED))
+    return len(open_descriptors())
 
 
 def failing(number: int) -> Callable[..., None]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kernel import open_descriptors
 from takeover.borrowed import BorrowedSocket
 from takeover.descriptors import describe, expect, limit_and_held
 from takeover.errors import RemoteProtocolError
@@ -90,14 +91,14 @@ def test_copies_share_device_and_inode_and_others_do_not(listener: socket.socket
 @pytest.mark.parametrize("blocking", [True, False])
 def test_asking_changes_nothing(listener: socket.socket, timeout: float | None, blocking: bool) -> None:
     listener.setblocking(blocking)
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     socket.setdefaulttimeout(timeout)
     try:
         assert describe(listener.fileno()) == describe(listener.fileno())
     finally:
         socket.setdefaulttimeout(None)
     assert os.get_blocking(listener.fileno()) == blocking
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
     socket.create_connection(listener.getsockname()).close()
 
 

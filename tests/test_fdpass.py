@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
-import gc
 import importlib
 import os
 import resource
@@ -22,6 +21,7 @@ from types import FrameType, ModuleType
 import pytest
 
 from conftest import CYTHON_IS_BUILT
+from kernel import open_descriptors
 from takeover.errors import DescriptorsLost
 
 MOST = 252
@@ -60,10 +60,9 @@ def many_descriptors() -> Iterator[None]:
 @contextlib.contextmanager
 def no_leak() -> Iterator[None]:
     """What is open at the end was open at the beginning, and the other way round."""
-    gc.collect()  # what other tests have left is not to be closed meanwhile
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     yield
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
 
 
 def close_all(descriptors: Iterable[int]) -> None:
