@@ -73,24 +73,25 @@ class Service:
         return "took over" in self.logs[process.pid].read_text(errors="replace")
 
     def status(self) -> dict[str, Any]:
-        """What the owner says of itself; nothing while none answers. Starts one where the last one to come is dead.
-
-        A service manager would: the one before it may live on for as long as it drains, but accepts no more.
-        """
+        """What the owner says of itself; nothing while it does not answer. Raises NotRunning where there is none."""
         from takeover import query
         from takeover.errors import NotRunning, TakeoverError
 
         try:
             return query.status(str(self.control), time_limit=1.0)
         except NotRunning:
-            if self.newest is None or self.newest.poll() is not None:
-                self.start()
+            raise
         except (TakeoverError, OSError):
-            pass
-        return {}
+            return {}
 
     def settle(self) -> dict[str, Any]:
-        """Wait until one process is left and serves with its keeper; gives its status."""
+        """Wait until one process is left and serves with its keeper; gives its status.
+
+        Starts one where none owns the service and the last one to come is dead, as a service manager would: the one
+        before it may live on for as long as it drains, but accepts no more.
+        """
+        from takeover.errors import NotRunning
+
         seen: dict[str, Any] = {}
 
         def settled() -> bool:
@@ -98,7 +99,12 @@ class Service:
             for process in [process for process in self.running if process.poll() is not None]:
                 self.running.remove(process)
                 self.logs.pop(process.pid).unlink()
-            seen = self.status()
+            try:
+                seen = self.status()
+            except NotRunning:
+                if self.newest is None or self.newest.poll() is not None:
+                    self.start()
+                return False
             if len(self.running) != 1:
                 return False
             kept = (seen.get("keeper") or {}).get("listeners")

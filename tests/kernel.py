@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Callable
@@ -11,8 +10,7 @@ OPENED = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
 
 
 def open_descriptors() -> list[str]:
-    """What this process holds. What other tests have left is closed before, so that it is not between two looks."""
-    gc.collect()
+    """What this process holds. Garbage is collected before each test of a module that looks (conftest.py)."""
     return os.listdir(OPENED)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from kernel import open_descriptors
 from loop_cases import LIMIT, OurCase, Recorder, read_to_the_end
 from takeover import _loop_py
 from takeover._sockets import Backoff, name_of
@@ -280,7 +281,7 @@ def test_a_number_that_comes_back_after_its_listener_was_closed_unstopped_is_ser
 
 
 def test_no_descriptor_is_left_behind(loop_module: ModuleType, handler: object) -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = sorted(open_descriptors())
     for _ in range(3):
         case = OurCase(loop_module)
         listener = case.bind()
@@ -290,7 +291,7 @@ def test_no_descriptor_is_left_behind(loop_module: ModuleType, handler: object) 
         for client in clients[:5]:
             client.close()
         case.close()
-        assert sorted(os.listdir("/proc/self/fd")) == before
+        assert sorted(open_descriptors()) == before
 
 
 def test_aborting_all_connections_tells_how_many(case: OurCase, handler: object) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from conftest import CYTHON_IS_BUILT
+from kernel import open_descriptors
 from loop_cases import LIMIT, OurCase
 
 
@@ -270,11 +271,11 @@ def test_signals_belong_to_the_main_thread(loop_module: ModuleType) -> None:
 
 
 def test_a_loop_that_is_dropped_unclosed_gives_its_descriptors_back(loop_module: ModuleType) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     loop = loop_module.Loop()
     del loop
     gc.collect()
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
 
 
 def test_the_descriptors_of_a_loop_are_not_inherited(loop_module: ModuleType) -> None:
@@ -342,7 +343,7 @@ def test_a_loop_that_there_are_no_descriptors_for_is_an_error_and_leaves_nothing
         lowest = stack.enter_context(open("/dev/null", "rb"))
         while (last := stack.enter_context(open("/dev/null", "rb"))).fileno() < lowest.fileno() + 100:
             pass
-        before = sorted(os.listdir("/proc/self/fd"))
+        before = sorted(open_descriptors())
         resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno() + 1 + room, limits[1]))
         try:
             with pytest.raises(OSError, match="Too many open files"):
@@ -350,7 +351,7 @@ def test_a_loop_that_there_are_no_descriptors_for_is_an_error_and_leaves_nothing
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         gc.collect()
-        assert sorted(os.listdir("/proc/self/fd")) == before
+        assert sorted(open_descriptors()) == before
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -358,7 +359,7 @@ def test_a_loop_that_there_are_no_descriptors_for_is_an_error_and_leaves_nothing
 @pytest.mark.parametrize("handler", ["echo", "protocol"])
 def test_the_connections_of_a_loop_that_is_dropped_unclosed_end(loop_module: ModuleType, handler: str) -> None:
     gc.collect()
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = sorted(open_descriptors())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         loop = loop_module.Loop()
         loop.listen(listener, loop_module.ECHO if handler == "echo" else asyncio.Protocol)
@@ -370,7 +371,7 @@ def test_the_connections_of_a_loop_that_is_dropped_unclosed_end(loop_module: Mod
             del loop
             gc.collect()
             assert client.recv(1) == b""
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert sorted(open_descriptors()) == before
 
 
 @pytest.mark.skipif(not CYTHON_IS_BUILT, reason="the compiled modules are not built")

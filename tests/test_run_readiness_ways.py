@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import pytest
 
 from clients import LIMIT, eventually
+from kernel import open_descriptors
 from newcomers import NEWCOMER, Trial, Trials, tcp, trials, unix
 from takeover.run import proc
 from takeover.run.asking import Asking
@@ -176,10 +177,10 @@ def test_a_command_of_the_users_that_cannot_be_started_is_a_failure_and_leaves_n
     monkeypatch.setattr(os, "posix_spawn", _refuse)
     trial.run()
     assert trial.failure == "start /bin/sh for --ready exec: Too many open files"
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     with pytest.raises(OSError, match="Too many"):
         Trying(stage.events, "true", {}, lambda *_: None)
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
 
 
 def test_a_command_of_the_users_is_not_asked_about_an_old_one(stage: Trials) -> None:
@@ -318,12 +319,12 @@ def test_a_relay_for_which_there_are_not_enough_descriptors_leaves_none(
     stage: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = os.pipe(), os.pipe()
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     left = [os.pipe()]
     monkeypatch.setattr(os, "pipe", lambda: left.pop() if left else _refuse())
     with pytest.raises(OSError, match="Too many"):
         Relay(stage.events, print, (one[1], other[1]))
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
     for descriptor in (*one, *other):
         os.close(descriptor)
 
@@ -399,7 +400,7 @@ def test_a_probe_that_was_accepted_on_the_probe_listener_proves_it_of_a_command_
 def test_a_check_that_cannot_be_made_leaves_no_descriptor(
     stage: Trials, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
 ) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     with monkeypatch.context() as broken:
         if isinstance(where, str):
             broken.setattr(f"{where}.{name}", _refuse)
@@ -407,4 +408,4 @@ def test_a_check_that_cannot_be_made_leaves_no_descriptor(
             broken.setattr(where, name, _refuse)
         with pytest.raises(OSError, match="Too many"):
             stage.make("notify", [], "true", "{fd:probe}")
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
