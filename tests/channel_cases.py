@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+from takeover import records
 from takeover.channel import Account, Channel, open_channel
 from takeover.control import Peer
 from takeover.exchange import read_token
@@ -203,3 +204,48 @@ class Scene:
             loop.close()
         for sock in (*self.listeners, *self.clients):
             sock.close()
+
+
+def a_record(scene: Scene, state: bytes = b"", **more: Any) -> Record:
+    name = records.pack_peer(socket.AF_INET, ("127.0.0.1", 1))
+    fixed = Record(scene.inode, records.HAS_STATE, 0, name, 0, 65536, 16384, b"", b"", state)
+    return fixed._replace(**more)
+
+
+def some_connections(scene: Scene, count: int) -> tuple[list[socket.socket], list[socket.socket]]:
+    """Clients, and the accepted sockets of a process that is not one of the scene's loops."""
+    clients, accepted = [], []
+    for _ in range(count):
+        client, server = socket.socketpair()
+        clients.append(client)
+        accepted.append(server)
+    scene.clients += [*clients, *accepted]
+    return clients, accepted
+
+
+def offer(scene: Scene, stranger: Stranger, number: int, count: int = 1, **more: Any) -> list[socket.socket]:
+    """The stranger sends a batch, and keeps no copies; its clients."""
+    clients, accepted = some_connections(scene, count)
+    stranger.connections(number, [sock.fileno() for sock in accepted], [a_record(scene, **more)] * count)
+    for sock in accepted:
+        sock.close()
+    return clients
+
+
+def heard(scene: Scene, stranger: Stranger, *kinds: Type, keep: bool = False) -> list[Frame]:
+    """Waits for these messages, and no others; the descriptors that came are closed, unless they are to `keep`."""
+    frames: list[Frame] = []
+
+    def come() -> bool:
+        frames.extend(stranger.hears())
+        return len(frames) >= len(kinds)
+
+    scene.until(come)
+    assert tuple(frame.type for frame in frames) == kinds
+    for frame in frames:
+        for descriptor in () if keep else frame.descriptors:
+            os.close(descriptor)
+    return frames
+
+
+MakeScene = Callable[..., Scene]

@@ -17,7 +17,9 @@ import pytest
 from hypothesis import settings
 
 from aio_rooms import Aio, Run
+from channel_cases import MakeScene, Scene, Tally
 from clients import LIMIT
+from kernel import opened
 from processes import OFFSET, STEP, Room
 
 BACKENDS = ("cython", "python")
@@ -99,6 +101,27 @@ def run(request: pytest.FixtureRequest) -> Run:
     return run_on_uvloop
 
 
+@pytest.fixture
+def make_scene(loop_module: ModuleType) -> Iterator[MakeScene]:
+    """Makes a scene on loops of the backend; what is open at the end is what was open before it."""
+    scenes: list[Scene] = []
+    before = opened()
+
+    def make(handler: Any = Tally, taking: ModuleType = loop_module) -> Scene:
+        scenes.append(Scene(loop_module, taking, handler))
+        return scenes[-1]
+
+    yield make
+    for scene in scenes:
+        scene.close()
+    assert opened() == before
+
+
+@pytest.fixture
+def scene(make_scene: MakeScene) -> Scene:
+    return make_scene()
+
+
 ONCE = frozenset(
     {
         "test_bad_luck.py",
@@ -171,5 +194,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Closes what other tests have left, so that it is not closed between two looks of one that counts descriptors."""
-    if {"opened", "open_descriptors"} & vars(getattr(item, "module", object)).keys():
+    looks = {"opened", "open_descriptors"} & vars(getattr(item, "module", object)).keys()
+    if looks or "make_scene" in getattr(item, "fixturenames", ()):
         gc.collect()
