@@ -49,7 +49,7 @@ extension_modules = [
         f"takeover.{path.stem}",
         [(path.resolve() if LINETRACE else path).as_posix()],
         include_dirs=["ext"],
-        define_macros=[("CYTHON_TRACE_NOGIL", "1")] if LINETRACE and path.stem != UNTRACED else [],
+        define_macros=[("CYTHON_TRACE_NOGIL", "1")] if LINETRACE else [],
         optional=EXT == "auto",
         extra_compile_args=[
             *OPTIMIZED,
