@@ -192,6 +192,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.once)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Has no collection of garbage look again at what stays to the end: pytest, its plugins, the tests themselves."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Closes what other tests have left, so that it is not closed between two looks of one that counts descriptors."""
     looks = {"opened", "open_descriptors"} & vars(getattr(item, "module", object)).keys()

@@ -14,7 +14,7 @@ from processes import STEP, sampled
 from takeover.protocol import GIVER, INCUMBENT, SUCCESSOR, TAKER
 from takeover.wire import Type
 
-FEW = min(STEP, 3)
+FEW = min(STEP, 4)
 MODEL = pathlib.Path(__file__).parent.parent / "docs" / "model"
 DRAW = MODEL / "draw_tables.py"
 
@@ -94,7 +94,7 @@ def test_no_state_of_a_model_breaks_a_rule(tmp_path: pathlib.Path, model: str, d
 
 
 @needs_spin
-@pytest.mark.parametrize("model", ["takeover.pml", "channel.pml"])
+@pytest.mark.parametrize("model", sampled(("takeover.pml", "channel.pml"), min(STEP, 2)))
 def test_nothing_in_a_model_goes_round_in_a_circle(tmp_path: pathlib.Path, model: str) -> None:
     errors, _, text = verify(tmp_path, model, mode="-DNP", FAULTS=2, SERVES=0)
     assert errors == 0, text

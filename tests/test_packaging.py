@@ -207,25 +207,22 @@ def test_others_can_cimport_from_the_wheel(wheel: pathlib.Path, tmp_path: pathli
     assert said == "x 1 True False"
 
 
-@pytest.mark.parametrize("lack", ["no compiler", "a compiler that fails"])
-def test_without_a_compiler_the_package_runs_on_plain_python(
-    tree: pathlib.Path, tmp_path: pathlib.Path, lack: str
+def test_without_a_compiler_the_package_runs_on_plain_python_unless_one_is_required(
+    tree: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    env = without_compiler(tmp_path) if lack == "no compiler" else environment(tmp_path, CC="false")
-    out = tmp_path / "out"
-    out.mkdir()
-    done = build("wheel", tree, out, env)
-    assert done.returncode == 0, done.stderr
-    for module in MODULES:
-        assert f'building extension "takeover.{module}" failed' in done.stdout + done.stderr
-    (wheel,) = out.iterdir()
-    assert not [name for name in content(wheel) if name.endswith(".so")]
-    site = install(wheel, tmp_path / "site")
-    assert run(site, env, "import takeover; print(takeover.backend)") == "python"
-
-
-def test_where_compiling_is_required_a_failure_is_an_error(tree: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    out = tmp_path / "out"
+    """One tree for all of it: Cython translates the modules but once."""
+    for number, env in enumerate((without_compiler(tmp_path), environment(tmp_path, CC="false"))):
+        out = tmp_path / f"out{number}"
+        out.mkdir()
+        done = build("wheel", tree, out, env)
+        assert done.returncode == 0, done.stderr
+        for module in MODULES:
+            assert f'building extension "takeover.{module}" failed' in done.stdout + done.stderr
+        (wheel,) = out.iterdir()
+        assert not [name for name in content(wheel) if name.endswith(".so")]
+        site = install(wheel, tmp_path / f"site{number}")
+        assert run(site, env, "import takeover; print(takeover.backend)") == "python"
+    out = tmp_path / "required"
     out.mkdir()
     done = build("wheel", tree, out, environment(tmp_path, CC="false", TAKEOVER_EXT="require"))
     assert done.returncode != 0

@@ -182,6 +182,14 @@ def test_a_process_that_cannot_be_executed_is_explained_and_waited_for(tmp_path:
         assert os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, "none is left to be waited for"
 
 
+def test_a_process_whose_parent_has_died_before_it_could_hear_of_that_starts_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert run_child(["/bin/touch", str(tmp_path / "touched")], {}, [], frozenset()) == 127
+    assert not (tmp_path / "touched").exists()
+
+
 def failing_after(count: int, call: Callable[..., Any]) -> Callable[..., Any]:
     left = [call] * count
 

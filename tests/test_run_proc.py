@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -149,3 +150,55 @@ def test_at_the_deadline_nothing_is_said_of_processes_that_wait_to_be_reaped(cap
             assert caplog.text == ""
     finally:
         events.close()
+
+
+class Family:
+    """A started process, 10, and what it leaves behind, without any real one: who lives, and who was sent what."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.living = [10]
+        self.sent: list[tuple[int, int]] = []
+        self.gone = 0
+        self.events = Events()
+        monkeypatch.setattr(orphans, "tree", lambda root, ended: list(self.living))
+        monkeypatch.setattr(orphans, "kill", self._kill)
+        self.running = running.Running(
+            self.events, 10, lambda status: None, self._is_gone, stop_signal=signal.SIGTERM, stop_timeout=60.0
+        )
+
+    def _kill(self, pids: list[int], signum: int = signal.SIGKILL) -> None:
+        self.sent += [(pid, signum) for pid in pids]
+
+    def _is_gone(self) -> None:
+        self.gone += 1
+
+    def one_ends(self, pid: int, *born: int) -> list[tuple[int, int]]:
+        """A process ends, and others have come to light by then; what was sent because of it."""
+        self.living = [each for each in self.living if each != pid] + list(born)
+        before = len(self.sent)
+        self.events._children.pop(pid)(0)
+        return self.sent[before:]
+
+
+@pytest.fixture
+def family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Family]:
+    family = Family(monkeypatch)
+    yield family
+    family.events.close()
+
+
+def test_what_comes_to_light_only_after_everything_was_killed_is_killed_too(family: Family) -> None:
+    """A process may have started another between the look at the processes and its end."""
+    family.running.kill()
+    assert family.one_ends(10, 11) == [(11, signal.SIGKILL)]
+    assert family.one_ends(11) == [] and family.gone == 1
+
+
+def test_each_that_is_left_behind_is_asked_to_end_once(family: Family) -> None:
+    family.running.stop()
+    ask = [signal.SIGTERM, signal.SIGCONT]
+    assert family.sent == [(10, signum) for signum in ask]
+    assert family.one_ends(10, 11, 12) == [(pid, signum) for signum in ask for pid in (11, 12)]
+    assert family.one_ends(11) == [], "12 was asked already"
+    assert family.one_ends(12, 13) == [(13, signum) for signum in ask]
+    assert family.one_ends(13) == [] and family.gone == 1

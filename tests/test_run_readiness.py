@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import select
@@ -18,6 +19,7 @@ from takeover.errors import UsageError
 from takeover.run import acceptance, notices, proc, waiting
 from takeover.run.events import Events
 from takeover.run.notices import Notices
+from takeover.run.probes import endpoint
 from takeover.run.readiness import Way, parse, wanted_of_probe
 
 
@@ -71,6 +73,21 @@ def test_each_way_is_understood(how: str, way: Way) -> None:
 def test_what_cannot_be_meant_is_wrong_usage_and_says_what_can(how: str) -> None:
     with pytest.raises(UsageError, match="--ready"):
         parse(how)
+
+
+def test_a_probe_that_nobody_accepts_is_given_up_for_another_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    listening = tcp()
+    where = endpoint(listening.url, listening.sock, private=True)
+    look = acceptance.Acceptance([where], strict=False)
+    with contextlib.closing(look), listening.sock:
+        look.look(proc.Tree(os.getpid()))
+        (first,) = look.targets[0].probes
+        look.look(proc.Tree(os.getpid()))
+        assert look.targets[0].probes == [first]
+        monkeypatch.setattr(acceptance, "ABANDONED", 0.0)
+        look.look(proc.Tree(os.getpid()))
+        (second,) = look.targets[0].probes
+        assert second is not first and first.sock.fileno() == -1 and not look.proven
 
 
 def test_only_the_way_that_reads_lines_asks_for_the_output() -> None:

@@ -140,9 +140,10 @@ def stop(path: str, *, time_limit: float | None = None) -> int:
             raise RemoteProtocolError(f"{link.name} answered STOP with {answer.type.name}")
         limit = answer.body["deadline"] + TIME_LIMIT if time_limit is None else time_limit
         deadline = time.monotonic() + limit
+        heard: Frame | None = answer
         try:
-            while _next(link, deadline) is not None:
-                pass
+            while heard is not None:
+                heard = _next(link, deadline)
         except TimedOut:
             raise TimedOut(f"{link.name} has not ended within {limit:g} s") from None
         return link.peer.pid
