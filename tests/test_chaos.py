@@ -12,9 +12,10 @@ from collections import Counter
 import pytest
 
 from chaos.calls import ERRORS, NUMBERS
-from chaos.scenes import Point, Scene, play
+from chaos.scenes import STAGES, Point, Scene, play
+from chaos.stage import Stage
 from chaos.sweep import KINDS, Case, cases, record, report, run_all, sample
-from processes import STEP, sampled
+from processes import PROGRAMS, STEP, sampled
 
 SEED = int(os.environ.get("TAKEOVER_TEST_SEED") or random.randrange(1 << 32))
 COUNT = max(4, 10 // STEP)
@@ -83,11 +84,31 @@ def test_what_is_not_as_it_must_be_after_a_play_is_a_failure_that_names_its_poin
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(backend, "listeners", Point("successor", 0, "connect", 1), "kill")
-    monkeypatch.setattr("chaos.stage.Stage.left_behind", lambda _: ["a file that was left"])
+    monkeypatch.setattr("chaos.own.Takeover.left_behind", lambda _: ["a file that was left"])
     (result,) = run_all([case], 1)
     assert result.reached and "AssertionError" in result.failure
     assert Case.parse(str(result.case)) == case
     assert report([result])["all"]["failed"] == 1
+
+
+def test_any_server_that_takes_over_from_itself_can_be_played_by_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = f"{sys.executable} -m takeover echo --listen tcp://{{host}}:{{port}} --control {{folder}}/takeover.sock"
+    monkeypatch.setitem(STAGES, "command", lambda kind: Stage(f"{command} --probation 0"))
+    points = record.__wrapped__("command", "listeners").points
+    assert {point.role for point in points} == {"incumbent", "successor"}
+    todo = [Case("command", "listeners", point, "kill") for point in points if point.call in ("flock", "sendmsg")]
+    failures = [f"{result.case}: {result.failure}" for result in run_all(todo[:4], PARALLEL) if result.failure]
+    assert not failures, "\n\n".join(failures)
+
+
+def test_what_another_server_does_not_survive_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the original script is killed before it has sent its listener, the next one ends too."""
+    command = f"{sys.executable} {PROGRAMS / 'original.py'} {{host}} {{port}}"
+    monkeypatch.setitem(STAGES, "command", lambda kind: Stage(command))
+    points = [point for point in record.__wrapped__("command", "listeners").points if point.call == "unlink"]
+    assert [point.role for point in points] == ["incumbent"]
+    (result,) = run_all([Case("command", "listeners", points[0], "kill")], 1)
+    assert result.failure.startswith("AssertionError: the survivor has ended"), result
 
 
 def test_an_error_or_a_short_call_is_seen_by_the_process_alone(backend: str) -> None:

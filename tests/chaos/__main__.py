@@ -9,6 +9,8 @@ import random
 import sys
 import time
 
+from .scenes import STAGES
+from .stage import Stage
 from .sweep import ACTIONS, BACKENDS, KINDS, Case, Result, cases, report, run_all, sample
 
 
@@ -23,7 +25,16 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=4, metavar="N", help="how many at a time (default 4)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="where to write the report as JSON")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no play after so long")
+    parser.add_argument(
+        "--command",
+        metavar="WORDS",
+        help="another server in place of takeover's: an echo server on {host} and {port} that takes over when it is "
+        "started again, whose processes meet in {folder}; chaos/stage.py tells what else is asked of it",
+    )
     options = parser.parse_args()
+    if options.command:
+        STAGES["command"] = lambda kind: Stage(options.command)
+        options.backend, options.kind = ["command"], ["listeners"]
     if options.only:
         todo = [Case.parse(text) for text in options.only]
     else:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from clients import Pounder, eventually
 from processes import Program, descriptors_at_rest
 from streams import Streams
 
+from .own import Takeover
 from .stage import Stage
 
 TRACER = str(pathlib.Path(__file__).with_name("tracer.py"))
@@ -195,9 +198,15 @@ class Scene:
         return dict(now)
 
 
+STAGES: dict[str, Callable[[str], Stage]] = {
+    backend: functools.partial(Takeover, backend) for backend in ("cython", "python")
+}
+"""Makes the stage of a kind, by what plays there: a backend, or another server (`--command`)."""
+
+
 def play(backend: str, kind: str, point: Point | None, action: str, held: dict[str, int] | None = None) -> Outcome:
     """Plays one scene in a room of its own; what its processes said is in what it raises."""
-    with Stage(backend, kind) as stage:
+    with STAGES[backend](kind) as stage:
         scene = Scene(stage, point, action)
         try:
             return scene.play(held)
