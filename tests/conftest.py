@@ -20,7 +20,7 @@ from aio_rooms import Aio, Run
 from channel_cases import MakeScene, Scene, Tally
 from clients import LIMIT
 from kernel import opened
-from processes import OFFSET, STEP, Room
+from processes import OFFSET, STEP, Room, nursery
 
 BACKENDS = ("cython", "python")
 
@@ -193,7 +193,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Has no collection of garbage look again at what stays to the end: pytest, its plugins, the tests themselves."""
+    """Starts what all tests share, and has no collection of garbage look again at what stays to the end."""
+    if any({"room", "aio"} & set(getattr(item, "fixturenames", ())) for item in session.items):
+        for backend in ("auto", *BACKENDS[not CYTHON_IS_BUILT :]):
+            nursery(backend)  # now, and not between two looks at the descriptors of this process
     gc.collect()
     gc.freeze()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from clients import LIMIT, Pounder, Steady, Talker, echo_once, eventually
+from nursery import Nursery, Nursling
 from streams import Streams
 from takeover import query
 from takeover.errors import TakeoverError
@@ -173,6 +175,12 @@ def environment(backend: str) -> dict[str, str]:
     }
 
 
+@functools.cache
+def nursery(backend: str) -> Nursery:
+    """The one for a backend, which is chosen when takeover is imported."""
+    return Nursery(environment(backend))
+
+
 class Room:
     """A folder with a control path, an address to serve on, and the processes that a test starts there."""
 
@@ -201,9 +209,17 @@ class Room:
         """Starts the command `takeover`."""
         return self.run(sys.executable, "-m", "takeover", *arguments, **options)
 
+    def python(self, path: str, argument: dict[str, Any], **options: Any) -> Program:
+        """Starts a program of Python whose argument is JSON, from the nursery unless more is asked than that can do."""
+        if not GENTLE and not options.keys() - {"stdin"}:
+            parent = nursery(self.backend)
+            if parent.environment == self.environment:
+                options["start"] = functools.partial(Nursling, parent)
+        return self.run(sys.executable, path, json.dumps(argument), **options)
+
     def program(self, name: str, argument: dict[str, Any] | None = None, **options: Any) -> Program:
-        """Starts one of the programs of the tests; its argument is JSON."""
-        return self.run(sys.executable, str(PROGRAMS / name), json.dumps(argument or {}), **options)
+        """Starts one of the programs of the tests."""
+        return self.python(str(PROGRAMS / name), argument or {}, **options)
 
     def echo(self, argument: dict[str, Any] | None = None, **options: Any) -> Program:
         """Starts the echo server: programs/echo.py with the options of serve(), quicker to start than the command."""

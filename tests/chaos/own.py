@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import subprocess
 from typing import Any
 
-from processes import FAST, Program, Room, environment
+from processes import FAST, Program, Room
 
-from .nursery import Nursery, Nursling
 from .stage import Stage
 
 PROBATION = 0.1
 DRAIN_TIMEOUT = 5.0
 """Seconds that a process has whose successor was killed before it could take the connections over."""
-
-
-@functools.cache
-def nursery(backend: str) -> Nursery:
-    """The one for a backend, which is chosen when takeover is imported."""
-    return Nursery(environment(backend))
 
 
 class Takeover(Stage):
@@ -31,11 +23,6 @@ class Takeover(Stage):
         super().__init__(backend=backend)
         self.kind = kind
         self.tracebacks_allowed = False
-
-    def run(self, *command: str, **options: Any) -> Program:
-        """Starts a program of Python in this room."""
-        start = functools.partial(Nursling, nursery(self.backend))
-        return super().run(*command, start=start, **options)
 
     def start(self, gated: bool = False) -> Program:
         options: dict[str, Any] = {

@@ -7,7 +7,6 @@ import json
 import pathlib
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -94,7 +93,7 @@ class Scene:
         """Starts the successor under the tracer; returns the calls, when the point is reached or there is no more."""
         stage = self.stage
         wishes = {"mark": stage.mark, "point": self.point, "action": self.action}
-        tracer = stage.run(sys.executable, TRACER, json.dumps(wishes), stdin=subprocess.PIPE)
+        tracer = stage.python(TRACER, wishes, stdin=subprocess.PIPE)
         tracer.wait_for("ready")
         self.programs["successor"] = stage.start(gated=True)
         self.programs["successor"].wait_for("gated")

@@ -1,7 +1,8 @@
 """Processes that have imported takeover already when they begin: forked from an interpreter that has done nothing else.
 
-A sweep starts tens of thousands of them, and most of what a play cost was the start of four interpreters. What a forked
-one does from then on is what a new one does: it runs its program as `__main__`, and ends as any interpreter does.
+The tests start thousands of them, a sweep tens of thousands, and most of what that cost was the start of interpreters.
+What a forked one does from then on is what a new one does: it runs its program as `__main__`, and ends as any
+interpreter does.
 
 This is the program of the parent as well: descriptor 0 is its socket, each message a request in JSON, answered by one.
 """
@@ -22,8 +23,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-PROGRAMS = pathlib.Path(__file__).parent.parent / "programs"
-"""Where the programs that it starts find what they import, beside this folder."""
+PROGRAMS = pathlib.Path(__file__).parent / "programs"
+"""Where most of the programs that it starts are, and what they import."""
 LONGEST = 65536
 
 
@@ -31,6 +32,7 @@ class Nursery:
     """The parent of the forked processes, seen from the process that asks for them; any thread may ask."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = dict(environment)
         self._lock = threading.Lock()
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with other:
@@ -131,13 +133,14 @@ def _serve() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(1, str(PROGRAMS))
+    sys.path[0] = str(PROGRAMS)
+    import asyncio  # noqa: F401
     import ctypes  # noqa: F401  of the tracer
 
-    import calls  # noqa: F401
     import wishes  # noqa: F401
 
     from takeover import echo  # noqa: F401
 
     sys.argv = _serve()
+    sys.path[0] = os.path.dirname(sys.argv[0])
     runpy.run_path(sys.argv[0], run_name="__main__")
