@@ -193,7 +193,7 @@ def test_what_is_started_beside_the_shell_loop_serves_until_the_loop_takes_it_ba
     wait_for_version(site.room, 2)
     loop.signal(signal.SIGTERM)
     assert loop.wait() == 0
-    assert site.room.refuses()
+    eventually(site.room.refuses, "what was started beside the loop has ended, too")
 
 
 @pytest.mark.parametrize("file", ["s6/run", "runit/run"])
