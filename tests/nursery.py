@@ -82,10 +82,10 @@ class Nursling:
     def poll(self) -> int | None:
         return self._look(0)
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         status = self._look(timeout)
         if status is None:
-            raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
         return status
 
     def send_signal(self, signum: int) -> None:
@@ -95,14 +95,20 @@ class Nursling:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def _look(self, seconds: float) -> int | None:
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def _look(self, seconds: float | None) -> int | None:
+        poll = select.poll()
         with self._lock:
-            if self._status is None:
-                poll = select.poll()
-                poll.register(self._pidfd, select.POLLIN)
-                if poll.poll(seconds * 1000):
-                    self._status = self._parent.status(self.pid)
-                    os.close(self._pidfd)
+            if self._status is not None:
+                return self._status
+            poll.register(self._pidfd, select.POLLIN)
+        ended = poll.poll(None if seconds is None else seconds * 1000)
+        with self._lock:
+            if ended and self._status is None:
+                self._status = self._parent.status(self.pid)
+                os.close(self._pidfd)
             return self._status
 
 

@@ -166,10 +166,10 @@ class Program:
 
 
 def environment(backend: str) -> dict[str, str]:
-    """That of every process of the tests: a backend, and nothing else that takeover goes by."""
+    """That of every process of the tests: a backend, and nothing else that takeover goes by, or that a test changes."""
     path = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     return {
-        **{name: value for name, value in os.environ.items() if not name.startswith("TAKEOVER_")},
+        **{name: value for name, value in os.environ.items() if not name.startswith(("TAKEOVER_", "PYTEST_"))},
         "TAKEOVER_BACKEND": backend,
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, path)),
     }
