@@ -19,7 +19,7 @@ import takeover
 from channel_cases import Scene, Tally
 from clients import eventually
 from kernel import opened
-from processes import STEP, Room
+from processes import STEP, Room, descriptors_at_rest
 from takeover import namespaces
 
 LONG = max(100, 1000 // STEP)
@@ -35,10 +35,12 @@ def growth(once: Callable[[], None], first: int) -> tuple[int, list[str]]:
         for _ in range(first):
             once()
         gc.collect()
+        eventually(lambda: descriptors_at_rest(os.getpid()), "no link is open")
         descriptors, before = opened(), tracemalloc.take_snapshot().filter_traces([OURS])
         for _ in range(LONG):
             once()
         gc.collect()
+        eventually(lambda: descriptors_at_rest(os.getpid()), "no link is open")
         left = opened() - descriptors
         after = tracemalloc.take_snapshot().filter_traces([OURS])
     finally:

@@ -42,7 +42,7 @@ def contained(room: Room) -> Contained:
     def start(*flags: str, **options: object) -> Program:
         before = room.echo
 
-        def run(*command: str, **settings: object) -> Program:
+        def run(*command: str, start: object = None, **settings: object) -> Program:
             program = Program(
                 ("unshare", *flags, *command), **{"env": room.environment, "cwd": room.folder, **settings}
             )
