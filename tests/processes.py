@@ -441,8 +441,11 @@ def stopping(programs: Sequence[Program], which: int) -> Callable[[], bool]:
 
 
 def state_of(pid: int) -> str:
-    """The letter of proc_pid_stat(5)."""
-    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    """The letter of proc_pid_stat(5); empty for a process that has gone."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def catches(pid: int, signum: int) -> bool:
