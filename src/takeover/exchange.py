@@ -57,9 +57,8 @@ def say_failed(what: str, error: Exception) -> None:
 class Exchange(ABC):
     """One Machine on one Link. Everything here runs in one thread.
 
-    `frame` is the message that is being acted on. `knows_peer` is whether the process that the kernel named is the one
-    at the other end, so that its death is the link's. `boundary` is a seam for tests, which die or stop at it: it is
-    called with the role and the step before and after each action and at each message that arrives.
+    `frame` is the message that is being acted on. `boundary` is a seam for tests, which die or stop at it: it is called
+    with the role and the step before and after each action and at each message that arrives.
     """
 
     role: ClassVar[str]
@@ -72,7 +71,6 @@ class Exchange(ABC):
         self.limits = limits
         self.machine = Machine(self.table)
         link.expect({event for _, event in self.table if isinstance(event, Type)})
-        self.knows_peer = True
         self.reason = ""
         self.cause: Event | None = None
         self.error: TakeoverError | None = None
@@ -92,6 +90,11 @@ class Exchange(ABC):
     @property
     def finished(self) -> bool:
         return self.machine.state in FINAL
+
+    @property
+    def knows_peer(self) -> bool:
+        """Whether the process that the kernel named is the one at the other end, so that its death is the link's."""
+        return True
 
     @property
     def needs_ticks(self) -> bool:

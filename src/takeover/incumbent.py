@@ -65,6 +65,11 @@ class Incumbent(Exchange):
     def owned(self) -> list[int]:
         return [self._token]
 
+    @property
+    def knows_peer(self) -> bool:
+        """Until the successor is settled: then it hands this link on to its own, and may end."""
+        return self.state is not State.DRAINING
+
     def received(self, frame: Frame) -> Event | None:
         if frame.type is Type.JOIN:
             self.link.told = frame.body["pid"]
@@ -175,8 +180,6 @@ class Incumbent(Exchange):
         return list(_batches([(token, self._token), *self.owner.estate(), *self.owner.blobs.offer()]))
 
     def changed(self, before: State) -> None:
-        if self.state is State.DRAINING:  # the successor is settled: it hands this link on to its own, and may end
-            self.knows_peer = False
         if self.state is State.PROBATION and not self.owner.settings.probation:
             self.step(Local.PROBATION_OVER)
         if before in UNDECIDED | {State.TAKING_BACK} and self.state not in UNDECIDED | {State.TAKING_BACK}:

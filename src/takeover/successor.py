@@ -75,7 +75,7 @@ class Successor(Exchange):
         self.elder = Elder(link.peer.pid, 0, 0)
         self.ready: Body = {"adopted": [], "bound": [], "unused": []}
         self._channels = 0
-        self.knows_peer = False  # HELLO tells: the kernel names who called listen() last (unix(7)), maybe a dead one
+        self._is_peer = False
         self._version = VERSIONS[0]
         self._left = -1
         self._token = -1
@@ -85,9 +85,14 @@ class Successor(Exchange):
         """Watches over an older process whose link came along with the service."""
         self = cls(link, joiner)
         self.elder = elder
-        self.knows_peer = link.peer.pid in (0, elder.pid)
+        self._is_peer = link.peer.pid in (0, elder.pid)
         self.machine.state = State.OWNER
         return self
+
+    @property
+    def knows_peer(self) -> bool:
+        """HELLO tells: the kernel names who called listen() last (unix(7)), maybe a successor undone and dead."""
+        return self._is_peer
 
     @property
     def elsewhere(self) -> bool:
@@ -114,7 +119,7 @@ class Successor(Exchange):
         peer = self.link.peer
         self.link.told = hello["pid"]
         seen = bool(peer.pid) and is_process(peer.pid, peer.pidfd, hello["pid"])
-        self.knows_peer = seen or not peer.pid
+        self._is_peer = seen or not peer.pid
         self.elder = Elder(peer.pid if seen else hello["pid"], hello["generation"], 0)
         common = set(VERSIONS) & set(hello["versions"])
         if peer.uid not in self.joiner.control.allowed:
