@@ -93,10 +93,10 @@ def test_what_is_not_as_it_must_be_after_a_play_is_a_failure_that_names_its_poin
 
 def test_any_server_that_takes_over_from_itself_can_be_played_by_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     command = f"{sys.executable} -m takeover echo --listen tcp://{{host}}:{{port}} --control {{folder}}/takeover.sock"
-    monkeypatch.setitem(STAGES, "command", lambda kind: Stage(f"{command} --probation 0"))
-    points = record.__wrapped__("command", "listeners").points
+    monkeypatch.setitem(STAGES, "takeover echo", lambda kind: Stage(f"{command} --probation 0"))
+    points = record("takeover echo", "listeners").points
     assert {point.role for point in points} == {"incumbent", "successor"}
-    todo = [Case("command", "listeners", point, "kill") for point in points if point.call in ("flock", "sendmsg")]
+    todo = [Case("takeover echo", "listeners", point, "kill") for point in points if point.call in ("flock", "sendmsg")]
     failures = [f"{result.case}: {result.failure}" for result in run_all(todo[:2], PARALLEL) if result.failure]
     assert not failures, "\n\n".join(failures)
 
@@ -104,10 +104,10 @@ def test_any_server_that_takes_over_from_itself_can_be_played_by_its_command(mon
 def test_what_another_server_does_not_survive_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the original script is killed before it has sent its listener, the next one ends too."""
     command = f"{sys.executable} {PROGRAMS / 'original.py'} {{host}} {{port}}"
-    monkeypatch.setitem(STAGES, "command", lambda kind: Stage(command))
-    points = [point for point in record.__wrapped__("command", "listeners").points if point.call == "unlink"]
+    monkeypatch.setitem(STAGES, "original", lambda kind: Stage(command))
+    points = [point for point in record("original", "listeners").points if point.call == "unlink"]
     assert [point.role for point in points] == ["incumbent"]
-    (result,) = run_all([Case("command", "listeners", points[0], "kill")], 1)
+    (result,) = run_all([Case("original", "listeners", points[0], "kill")], 1)
     assert result.failure.startswith("AssertionError: the survivor has ended"), result
 
 

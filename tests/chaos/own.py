@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from typing import Any
@@ -18,6 +17,8 @@ DRAIN_TIMEOUT = 5.0
 
 class Takeover(Stage):
     """The package's echo server. kind: "listeners", or "live" where connections move."""
+
+    owner, left_behind = Room.owner, Room.left_behind
 
     def __init__(self, backend: str, kind: str) -> None:
         super().__init__(backend=backend)
@@ -37,9 +38,6 @@ class Takeover(Stage):
             return self.program("echo.py", {**wishes, "gated": True}, stdin=subprocess.PIPE)
         return self.program("echo.py", wishes)
 
-    def owner(self) -> int | None:
-        return Room.owner(self)
-
     def knows_the_end_of(self, survivor: Program, is_successor: bool, owner: int | None) -> bool:
         if not survivor.running:
             return True
@@ -57,6 +55,3 @@ class Takeover(Stage):
 
     def closed(self, program: Program) -> int:
         return sum(int(count.replace(",", "")) for count in re.findall(r"closed ([\d,]+) connections", program.text))
-
-    def left_behind(self) -> list[str]:
-        return sorted(os.listdir(self.folder))
