@@ -15,7 +15,7 @@ LIMIT = 30.0
 """Seconds after which a test gives up waiting for an event; nothing depends on how long it took."""
 
 
-def eventually(question: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
+def eventually(question: Callable[[], Any], what: str, limit: float = LIMIT, pause: float = 0.005) -> Any:
     """Asks until the answer is true, and returns it."""
     deadline = time.monotonic() + limit
     while True:
@@ -23,7 +23,7 @@ def eventually(question: Callable[[], Any], what: str, limit: float = LIMIT) -> 
         if answer:
             return answer
         assert time.monotonic() < deadline, f"not within {limit:g} s: {what}"
-        time.sleep(0.005)
+        time.sleep(pause)
 
 
 def receive_exactly(sock: socket.socket, size: int) -> bytes:

@@ -258,11 +258,15 @@ class Room:
 
     def owner(self) -> int | None:
         """The pid of the process that serves and is settled; None while there is none."""
+        return self.whoever_is("serving")
+
+    def whoever_is(self, *states: str) -> int | None:
+        """The pid of the process that answers, if it says that it is in one of these states."""
         try:
             report = self.status(0.5)
         except (TakeoverError, OSError):
             return None
-        return int(report["pid"]) if report["state"] == "serving" else None
+        return int(report["pid"]) if report["state"] in states else None
 
     def wait_for_owner(self, program: Program, limit: float = LIMIT) -> None:
         """Returns when the program serves and is settled; fails when it ends instead."""

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""A listening socket in a loop: accepts in batches, and pauses when descriptors or memory run out."""
+"""A listening socket in a loop: accepts in batches, and pauses when that fails."""
 
 from libc.errno cimport EBADF
 from libc.stdint cimport uint64_t
@@ -16,7 +16,7 @@ from takeover._transport cimport Transport, make_transport
 import os
 
 from takeover._schedule import log
-from takeover._sockets import SHORTAGES, Backoff, name_of
+from takeover._sockets import UNUSABLE, Backoff, name_of
 
 
 cdef int add_origin(Core *core, uint64_t inode, const Callbacks *callbacks, void *listener) noexcept nogil:
@@ -67,7 +67,7 @@ cdef class Listener:
 
     @property
     def accepting(self):
-        """Whether it is in the poll set, or will be again after a pause for want of descriptors or memory."""
+        """Whether it is in the poll set, or will be again after a pause."""
         return self.acceptor.place != NULL
 
     @property
@@ -147,13 +147,13 @@ cdef class Listener:
         self.acceptor.error = 0
         if self.acceptor.place == NULL:
             return 0
-        if error in SHORTAGES:
+        if error in UNUSABLE:
+            log.error("accept on %s: %s; nothing more is accepted there", name_of(self.socket), os.strerror(error))
+            self.stop()
+        elif error:
             self.acceptor.pausing = True
             watch(self.core, self.acceptor.place, 0)
             self.backoff.refused(error)
-        elif error:
-            log.error("accept on %s: %s; nothing more is accepted there", name_of(self.socket), os.strerror(error))
-            self.stop()
         elif not self.acceptor.pausing and self.backoff.began:
             self.backoff.over()
         return 0

@@ -1,4 +1,4 @@
-"""A listening socket in the plain loop: accepts in batches, and pauses when descriptors or memory run out."""
+"""A listening socket in the plain loop: accepts in batches, and pauses when that fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ._sockets import PASSING_ERRORS, SHORTAGES, Backoff, name_of
+from ._sockets import PASSING_ERRORS, UNUSABLE, Backoff, name_of
 from ._transport_py import Transport
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Listener:
 
     @property
     def accepting(self) -> bool:
-        """Whether it is in the poll set, or will be again after a pause for want of descriptors or memory."""
+        """Whether it is in the poll set, or will be again after a pause."""
         return self._place >= 0
 
     def start(self) -> None:
@@ -102,13 +102,13 @@ class Listener:
             self._backoff.over()
 
     def _troubled(self, error: OSError) -> None:
-        if error.errno in SHORTAGES:
-            self._pausing = True
-            self._watch(0)
-            self._backoff.refused(error.errno)
-        else:
+        if error.errno in UNUSABLE:
             log.error("accept on %s: %s; nothing more is accepted there", name_of(self.socket), error.strerror)
             self.stop()
+        else:
+            self._pausing = True
+            self._watch(0)
+            self._backoff.refused(error.errno or 0)
 
     def _resume(self) -> None:
         try:

@@ -29,7 +29,8 @@ PASSING_ERRORS = frozenset(
         errno.ETIMEDOUT,
     )
 )
-SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC))
+# The same page: what accepts is no listener any more. Any other error, of a shortage or of a filter, may pass.
+UNUSABLE = frozenset((errno.EBADF, errno.EINVAL, errno.ENOTSOCK))
 
 
 def prepare_listener(sock: socket.socket) -> None:
@@ -51,7 +52,7 @@ def name_of(sock: socket.socket) -> str:
 
 
 class Backoff:
-    """A listener's pause when the process or the system is short of descriptors or memory.
+    """A listener's pause when the process or the system is short of descriptors or memory, or accepts nothing.
 
     `resume` puts the listener back into the poll set after 0.1 s, then 0.2 s and so on to 1 s. Said once when it
     begins, and once when a connection was accepted again.
@@ -72,7 +73,7 @@ class Backoff:
         if not self._refusals:
             self.began, self._delay = time.monotonic(), 0.1
             log.warning(
-                "accept on %s: %s; new connections wait in its queue until there is room again",
+                "accept on %s: %s; new connections wait in its queue until it works again",
                 name_of(self._sock),
                 os.strerror(error),
             )

@@ -11,14 +11,19 @@ import time
 
 from .scenes import STAGES
 from .stage import Stage
-from .sweep import ACTIONS, BACKENDS, KINDS, Case, Result, cases, report, run_all, sample
+from .sweep import ACTIONS, BACKENDS, KINDS, PROMISED, Case, Result, cases, report, run_all, sample
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="one backend; both without it")
     parser.add_argument("--kind", action="append", choices=KINDS, help="listeners only, or live connections")
-    parser.add_argument("--action", action="append", choices=ACTIONS, help="all of them without it")
+    parser.add_argument(
+        "--action",
+        action="append",
+        choices=(*ACTIONS, "strange"),
+        help="all of them without it, but for strange: errors that no kernel gives the call",
+    )
     parser.add_argument("--sample", type=int, metavar="N", help="so many points instead of all")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="which points the sample has")
     parser.add_argument("--only", action="append", metavar="POINT", help="play one point, as the report names it")
@@ -49,6 +54,8 @@ def main() -> None:
         results.append(result)
         if result.failure:
             print(f"FAILED {result.case}: {result.failure}\n", flush=True)
+        elif result.seconds > PROMISED:
+            print(f"{result.case} took {result.seconds:.2f} s", flush=True)
         if len(results) % 100 == 0:
             print(f"{len(results)} of {len(todo)} in {time.monotonic() - began:.0f} s", flush=True)
         if time.monotonic() - began > options.seconds:

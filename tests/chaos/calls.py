@@ -85,8 +85,23 @@ only the interpreter and the C library call (memory, signal masks, clocks).
 """
 
 
+_NAMED = (
+    *(errno.EMFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN),
+    *(errno.ENOBUFS, errno.EPIPE, errno.ECONNRESET, errno.ETOOMANYREFS),
+)
+
+
 def faults(call: str) -> Iterator[str]:
     """The names of what can go wrong with a call: errors, and `short`."""
     yield from (errno.errorcode[number] for number in ERRORS.get(call, ()))
     if call in CAN_BE_SHORT:
         yield SHORT
+
+
+def strange_faults(call: str) -> Iterator[str]:
+    """Errors that no kernel has this call return, though a filter of system calls may (seccomp(2)).
+
+    Not of those by which a process waits and wakes itself, without which no loop goes on.
+    """
+    if call in ERRORS and call not in ("epoll_wait", "read", "write"):
+        yield from (errno.errorcode[number] for number in _NAMED if number not in ERRORS[call])

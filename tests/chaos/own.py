@@ -38,6 +38,9 @@ class Takeover(Stage):
             return self.program("echo.py", {**wishes, "gated": True}, stdin=subprocess.PIPE)
         return self.program("echo.py", wishes)
 
+    def accepting(self) -> int | None:
+        return self.whoever_is("serving", "probation")
+
     def knows_the_end_of(self, survivor: Program, is_successor: bool, owner: int | None) -> bool:
         if not survivor.running:
             return True

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clients import Pounder, eventually
 from processes import Program, descriptors_at_rest
@@ -52,9 +52,44 @@ class Outcome(NamedTuple):
 
     reached: bool
     seconds: float
-    """From the trouble until one process owned the service and a new connection was served; 0 if none was left."""
+    """From the trouble until that process accepted that owned the service in the end, and clients were served.
+
+    Where it was itself stopped, from the moment when it went on; 0 if no process was left.
+    """
     calls: list[tuple[str, int, str]]
     held: dict[str, int]
+
+
+class Convergence:
+    """Sees who accepts, and when the last one that did had served some new clients of the load."""
+
+    def __init__(self, stage: Stage, load: Pounder) -> None:
+        self._stage = stage
+        self._load = load
+        self.begin()
+
+    def begin(self) -> None:
+        """From now on it is measured."""
+        self._began = time.monotonic()
+        self._accepting: int | None = None
+        self._served_before = self._load.good
+        self.seconds: float | None = None
+
+    def until(self, question: Callable[[], Any], what: str) -> None:
+        """Looks until the answer is true."""
+
+        def look_and_ask() -> Any:
+            self._look()
+            return question()
+
+        eventually(look_and_ask, what, pause=0.02)
+
+    def _look(self) -> None:
+        accepting = self._stage.accepting()
+        if accepting != self._accepting:
+            self._accepting, self._served_before, self.seconds = accepting, self._load.good, None
+        elif accepting is not None and self.seconds is None and self._load.good > self._served_before + 2:
+            self.seconds = time.monotonic() - self._began
 
 
 class Scene:
@@ -76,15 +111,18 @@ class Scene:
         streams = stage.streams(**STREAMS, largest=20_000, pause=0.02) if stage.kind == "live" else None
         load.goes_on()
         calls = self._take_over()
-        began = time.monotonic()
-        owner = self._settle()
-        seconds = 0.0
+        # The load's one client may be with the process that was stopped, and waits until that goes on.
+        newcomers = stage.pound(pause=0.02) if self.reached and self.action == "stop" else load
+        convergence = Convergence(stage, newcomers)
+        owner = self._settle(convergence)
         if owner is not None:
-            load.goes_on()
-            seconds = time.monotonic() - began
+            convergence.until(lambda: convergence.seconds is not None, f"clients are served; lost: {load.lost[-3:]}")
+        if newcomers is not load:
+            newcomers.stop()
+            assert not newcomers.lost, newcomers.lost
         self._check_clients(owner, load, streams)
         now = self._take_over_again(owner, load, streams, held)
-        return Outcome(self.reached, seconds, calls, now)
+        return Outcome(self.reached, convergence.seconds or 0.0, calls, now)
 
     def said(self) -> str:
         return "\n".join(f"--- {role} {program.pid}\n{program.text}" for role, program in self.programs.items())
@@ -105,29 +143,36 @@ class Scene:
         self.reached = result["hit"]
         return [tuple(call) for call in result["calls"]]
 
-    def _settle(self) -> Program | None:
+    def _settle(self, convergence: Convergence) -> Program | None:
         """Waits until one process owns the service and the other is over; None if it was killed with the service."""
         incumbent, successor = self.programs["incumbent"], self.programs["successor"]
         if self.reached and self.action == "kill":
-            return self._settle_after_death()
+            return self._settle_after_death(convergence)
         if self.reached and self.action == "stop":
             victim, survivor = self._victim(), self._survivor()
             deadline = time.monotonic() + THE_LIMITS
-            while time.monotonic() < deadline and not self.stage.knows_the_end_of(
-                survivor, survivor is successor, self.stage.owner()
-            ):
-                time.sleep(0.02)
+            convergence.until(
+                lambda: (
+                    self.stage.knows_the_end_of(survivor, survivor is successor, self.stage.owner())
+                    or time.monotonic() > deadline
+                ),
+                "the limits pass",
+            )
             victim.signal(signal.SIGCONT)
-        eventually(lambda: incumbent.running + successor.running == 1, "one process is left")
+            if self.stage.accepting() != survivor.pid:
+                convergence.begin()
+        convergence.until(lambda: incumbent.running + successor.running == 1, "one process is left")
         owner, other = (incumbent, successor) if incumbent.running else (successor, incumbent)
         self.stage.wait_for_owner(owner)
         assert (other.wait() == 0) is (other is incumbent), f"the {'incumbent' if other is incumbent else 'successor'}"
         return owner
 
-    def _settle_after_death(self) -> Program | None:
+    def _settle_after_death(self, convergence: Convergence) -> Program | None:
         survivor, incumbent = self._survivor(), self.programs["incumbent"]
         assert self._victim().wait() == -signal.SIGKILL
-        eventually(lambda: self.stage.owner() == survivor.pid or not survivor.running, "the survivor owns the service")
+        convergence.until(
+            lambda: self.stage.owner() == survivor.pid or not survivor.running, "the survivor owns the service"
+        )
         if survivor.running:
             return survivor
         assert survivor is incumbent and survivor.wait() == 0, "the survivor has ended"
@@ -156,6 +201,7 @@ class Scene:
         else:
             # An error may cost the two their link, though both live: what has not moved then drains, to the deadline.
             drained = sum(map(self.stage.closed, self.programs.values())) if self.action != "stop" else 0
+            eventually(lambda: len(streams.failures) + len(load.lost) >= drained, f"{drained} connections have ended")
             assert len(streams.failures) <= may_end + drained, streams.failures
 
     def _check_who_ended(self, owner: Program | None, streams: Streams) -> None:

@@ -48,7 +48,7 @@ class Stage(Room):
         self._before = self._listening()
         return self.run(sys.executable, "-S", str(PROGRAMS / "gated.py"), *words, stdin=subprocess.PIPE)
 
-    def owner(self) -> int | None:
+    def accepting(self) -> int | None:
         """The pid of the process that accepts; None while there is none."""
         pids = [program.pid for program in self.programs if program.running]
         where = Endpoint(self.url, socket.AF_INET, socket.SOCK_STREAM, self.address, 0)
@@ -60,6 +60,10 @@ class Stage(Room):
                     return taken.pid
                 time.sleep(0.002)
         return None
+
+    def owner(self) -> int | None:
+        """The pid of the process that owns the service, if that is settled; None while there is none."""
+        return self.accepting()
 
     def knows_the_end_of(self, survivor: Program, is_successor: bool, owner: int | None) -> bool:
         """Whether a process has found out that the other one is stopped, and has done what it can do alone."""

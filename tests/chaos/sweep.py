@@ -10,12 +10,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from typing import Any, NamedTuple
 
-from .calls import faults
+from .calls import faults, strange_faults
 from .scenes import Point, play
 
 BACKENDS = ("cython", "python")
 KINDS = ("listeners", "live")
 ACTIONS = ("kill", "stop", "fault")
+PROMISED = 1.0
+"""Seconds in which what is alive agrees upon an owner that serves, on a machine that does nothing else."""
+
 ATTEMPTS = 3
 """Two takeovers do not make the very same calls: a point that one play does not come to is tried so often."""
 
@@ -39,7 +42,9 @@ class Case(NamedTuple):
     @property
     def row(self) -> tuple[str, str, str]:
         """Which row of the report it counts in."""
-        return self.backend, self.kind, self.action if self.action in ("kill", "stop") else "fault"
+        if self.action in ("kill", "stop"):
+            return self.backend, self.kind, self.action
+        return self.backend, self.kind, "fault" if self.action in faults(self.point.call) else "strange"
 
 
 class Result(NamedTuple):
@@ -79,6 +84,9 @@ def cases(backends: Iterable[str], kinds: Iterable[str], actions: Iterable[str])
                         yield Case(backend, kind, point, action)
                 if "fault" in wanted:
                     for fault in faults(point.call):
+                        yield Case(backend, kind, point, fault)
+                if "strange" in wanted:
+                    for fault in strange_faults(point.call):
                         yield Case(backend, kind, point, fault)
 
 
@@ -134,6 +142,7 @@ class Row:
 
     def __init__(self) -> None:
         self.cases = self.runs = self.reached = self.failed = 0
+        self.late = 0
         self.slowest = 0.0
 
     def add(self, result: Result) -> None:
@@ -141,6 +150,7 @@ class Row:
         self.runs += result.runs
         self.reached += result.reached
         self.failed += bool(result.failure)
+        self.late += result.seconds > PROMISED
         self.slowest = max(self.slowest, result.seconds)
 
     def to_json(self) -> dict[str, Any]:
@@ -149,6 +159,7 @@ class Row:
             "runs": self.runs,
             "not reached": self.cases - self.reached,
             "failed": self.failed,
+            f"over {PROMISED:g} s": self.late,
             "slowest, s": round(self.slowest, 2),
         }
 
