@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
+import threading
+from typing import Any
 
 import pytest
 
 import takeover
 from clients import eventually
 from processes import Room
+from takeover.errors import TakeoverError
+from takeover.link import Link
+from takeover.wire import Type
 
 
 class Watcher(takeover.Server):
@@ -129,4 +135,37 @@ def test_what_cannot_start_to_serve_gives_the_service_back_even_without_a_probat
 def test_a_cold_start_that_cannot_start_to_serve_leaves_nothing_behind(room: Room) -> None:
     with pytest.raises(OSError, match="no room"):
         start_in_vain(room)
+    assert room.left_behind() == []
+
+
+def take_over(room: Room) -> None:
+    with takeover.join(room.control) as new:
+        new.listen(room.url)
+        new.ready()
+
+
+@pytest.mark.parametrize("message", ["LISTENERS", "COMMIT"])
+def test_whichever_message_the_incumbent_cannot_send_it_serves_on(
+    room: Room, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    send = Link.send
+
+    def fail_once(link: Link, kind: Type, *args: Any, **options: Any) -> None:
+        if kind is Type[message] and not failed.is_set():
+            failed.set()
+            raise OSError(errno.EMFILE, "Too many open files")
+        send(link, kind, *args, **options)
+
+    failed = threading.Event()
+    with takeover.join(room.control) as old:
+        old.listen(room.url)
+        old.ready()
+        monkeypatch.setattr(Link, "send", fail_once)
+        with pytest.raises(TakeoverError):
+            take_over(room)
+        eventually(lambda: old.status()["last_takeover"], "the takeover is over")
+        assert failed.is_set() and old.accepts and old.state == "serving"
+        with takeover.join(room.control) as third:
+            third.listen(room.url)
+            assert third.ready().generation == 2
     assert room.left_behind() == []

@@ -81,7 +81,7 @@ class Exchange(ABC):
         self._elapsed = 0
         self._events: deque[Event] = deque()
         self._stepping = False
-        self._gone = False
+        self._gone = self._loss_told = False
 
     @property
     def state(self) -> State:
@@ -132,7 +132,10 @@ class Exchange(ABC):
         self.link.close()
 
     def step(self, event: Event) -> None:
-        """Feeds one event, and those that its actions bring about, in order."""
+        """Feeds one event, and those that its actions bring about, in order.
+
+        That the link is gone comes last, once in each state that it lasts for.
+        """
         self._events.append(event)
         if self._stepping:
             return
@@ -140,6 +143,8 @@ class Exchange(ABC):
         try:
             while self._events and not self.finished:
                 self._one(self._events.popleft())
+                if self._gone and not (self._events or self._loss_told) and self.machine.accepts(self.loss):
+                    self._events.append(self.loss)
         finally:
             self._stepping = False
             self._events.clear()
@@ -148,9 +153,11 @@ class Exchange(ABC):
         before = self.state
         if event is Local.LOST and not self.reason:
             self.reason = f"the {self.other} died or hung up"
+        self._loss_told |= event is self.loss
         actions = self.machine.step(event)
         if self.state is not before:
             self.cause = event
+            self._loss_told = False
         for action in actions:
             self._act(action)
         if self.state is not before:
@@ -159,8 +166,6 @@ class Exchange(ABC):
             self._since = now
             self._elapsed = self._silent = 0
             self.changed(before)
-        if self._gone and self.state is not before and self.machine.accepts(self.loss):
-            self._events.append(self.loss)
 
     def _act(self, action: Action) -> None:
         self._at_boundary("before", action.name)
@@ -179,7 +184,6 @@ class Exchange(ABC):
                 self._events.append(Local.FAIL)
             else:
                 self.link.lost = self._gone = True  # so that the link is closed, and the other end finds out
-                self._events.append(Local.LOST)
         self._at_boundary("after", action.name)
 
     def _at_boundary(self, when: str, name: str) -> None:
