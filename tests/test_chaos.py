@@ -59,11 +59,11 @@ FAILED_ONCE = (
     *("live/ENOBUFS/successor/1/socketpair/1", "live/ENOSPC/successor/0/epoll_ctl/2"),
     *("live/ECONNRESET/incumbent/0/recvmsg/3", "listeners/EMFILE/successor/0/fcntl/1"),
     *("listeners/ETOOMANYREFS/successor/0/accept4/1", "listeners/EPIPE/incumbent/0/accept4/2"),
-    *("listeners/EMFILE/incumbent/1/sendto/2",),
     *("live/ENOMEM/successor/0/sendto/3", "live/ENOBUFS/successor/0/sendto/4"),
+    "listeners/EMFILE/incumbent/1/sendto/2",
 )
-"""Errors of the kernel, and two of accept(2) that only a filter makes, that had once cost the service, the connections
-or a traceback."""
+"""Errors of the kernel, and some that only a filter makes, that had once cost the service, the connections or a
+traceback."""
 
 
 @pytest.mark.timeout(300)

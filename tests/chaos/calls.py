@@ -84,11 +84,11 @@ him as well; futex(2), at whose errors the C library aborts; and what
 only the interpreter and the C library call (memory, signal masks, clocks).
 """
 
-
-_NAMED = (
+_ANYWHERE = (
     *(errno.EMFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN),
     *(errno.ENOBUFS, errno.EPIPE, errno.ECONNRESET, errno.ETOOMANYREFS),
 )
+"""Errors that each fallible call is tried with, whether its manual page knows them or not."""
 
 
 def faults(call: str) -> Iterator[str]:
@@ -104,4 +104,4 @@ def strange_faults(call: str) -> Iterator[str]:
     Not of those by which a process waits and wakes itself, without which no loop goes on.
     """
     if call in ERRORS and call not in ("epoll_wait", "read", "write"):
-        yield from (errno.errorcode[number] for number in _NAMED if number not in ERRORS[call])
+        yield from (errno.errorcode[number] for number in _ANYWHERE if number not in ERRORS[call])

@@ -82,12 +82,9 @@ def cases(backends: Iterable[str], kinds: Iterable[str], actions: Iterable[str])
                 for action in ("kill", "stop"):
                     if action in wanted:
                         yield Case(backend, kind, point, action)
-                if "fault" in wanted:
-                    for fault in faults(point.call):
-                        yield Case(backend, kind, point, fault)
-                if "strange" in wanted:
-                    for fault in strange_faults(point.call):
-                        yield Case(backend, kind, point, fault)
+                for action, errors in (("fault", faults), ("strange", strange_faults)):
+                    if action in wanted:
+                        yield from (Case(backend, kind, point, error) for error in errors(point.call))
 
 
 def sample(every: Sequence[Case], count: int, seed: int) -> list[Case]:
@@ -141,8 +138,7 @@ class Row:
     """One line of the report."""
 
     def __init__(self) -> None:
-        self.cases = self.runs = self.reached = self.failed = 0
-        self.late = 0
+        self.cases = self.runs = self.reached = self.failed = self.late = 0
         self.slowest = 0.0
 
     def add(self, result: Result) -> None:
